@@ -1,0 +1,68 @@
+#include "linalg/newton_schulz.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#include "common/parallel.h"
+#include "common/scratch.h"
+
+namespace gradops {
+namespace {
+
+const NewtonSchulzEngine& engine_for(Element element, NewtonSchulzProducts products) {
+  const auto full = GRADOPS_DISPATCH(newton_schulz_full);
+  if (products == NewtonSchulzProducts::full) return full(element);
+  using Pick = const NewtonSchulzEngine& (*)(Element, int);
+  const Pick pick = GRADOPS_DISPATCH_BF16(newton_schulz_bf16);
+  if (!pick) throw std::runtime_error("newton_schulz: no bf16 products on this machine");
+  return pick(element, products == NewtonSchulzProducts::bf16x3 ? 2 : 1);
+}
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+}  // namespace
+
+// Enough matrices keep every thread busy with one of its own, in its own cache. Fewer than that are
+// taken one after the other, and the threads share each phase.
+void cpu::newton_schulz(const void* in, void* out, Element element, int64_t batch, int64_t rows, int64_t cols,
+                        const NewtonSchulzSteps& steps, bool normalize, NewtonSchulzProducts products, void*) {
+  if (batch == 0 || rows == 0 || cols == 0) return;
+  const NewtonSchulzEngine& engine = engine_for(element, products);
+  const auto task = [=, &steps](int64_t item) {
+    const int64_t offset = item * rows * cols * element_size(element);
+    return NewtonSchulzTask{static_cast<const char*>(in) + offset, static_cast<char*>(out) + offset,
+                            element, rows, cols, &steps, normalize};
+  };
+  const NewtonSchulzTask first = task(0);
+  const int phases = engine.phases(first);
+  const int64_t shared = round_up(engine.workspace_bytes(first), 4096), own = engine.scratch_bytes(first);
+
+  const int64_t short_side = rows < cols ? rows : cols;
+  if (batch >= 2 * num_threads() || num_threads() == 1 || short_side < 128) {
+    parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+      char* memory = thread_scratch(shared + own);
+      for (int64_t item = begin; item < end; ++item) {
+        const NewtonSchulzTask t = task(item);
+        for (int phase = 0; phase < phases; ++phase)
+          engine.run(t, memory, memory + shared, phase, 0, engine.units(t, phase));
+      }
+    });
+    return;
+  }
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  const std::unique_ptr<char, Free> memory(static_cast<char*>(std::aligned_alloc(4096, shared)));
+  if (!memory) throw std::bad_alloc();
+  for (int64_t item = 0; item < batch; ++item) {
+    const NewtonSchulzTask t = task(item);
+    for (int phase = 0; phase < phases; ++phase)
+      parallel_for(0, engine.units(t, phase), 1, [&](int64_t begin, int64_t end) {
+        engine.run(t, memory.get(), thread_scratch(own), phase, begin, end);
+      });
+  }
+}
+
+}  // namespace gradops

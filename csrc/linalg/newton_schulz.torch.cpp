@@ -1,0 +1,34 @@
+#include "linalg/newton_schulz.h"
+
+#include <vector>
+
+#include "common/torch_op.h"
+
+namespace gradops {
+namespace {
+
+Tensor newton_schulz(const Tensor& x_in, std::vector<double> coefficients, bool normalize, int64_t products) {
+  NewtonSchulzSteps steps;
+  STD_TORCH_CHECK(x_in.dim() >= 2, "newton_schulz: x must have at least 2 dimensions, got ", x_in.dim());
+  STD_TORCH_CHECK(coefficients.size() % 3 == 0 && coefficients.size() / 3 <= size_t(steps.kMost),
+                  "newton_schulz: coefficients must be 3 per step, for at most ", steps.kMost, " steps");
+  STD_TORCH_CHECK(products >= 0 && products <= 2, "newton_schulz: products must be 0, 1 or 2, got ", products);
+  for (size_t i = 0; i < coefficients.size(); i += 3, ++steps.steps) {
+    steps.a[steps.steps] = coefficients[i];
+    steps.b[steps.steps] = coefficients[i + 1];
+    steps.c[steps.steps] = coefficients[i + 2];
+  }
+  const Scope scope(x_in);
+  const Tensor x = torch::stable::contiguous(x_in);
+  Tensor y = new_like(x);
+  const int64_t rows = x.size(-2), cols = x.size(-1), batch = x.numel() == 0 ? 0 : x.numel() / (rows * cols);
+  backend::newton_schulz(x.const_data_ptr(), y.mutable_data_ptr(), element(x, "newton_schulz: x"), batch, rows, cols,
+                         steps, normalize, NewtonSchulzProducts(products), scope.stream());
+  return y;
+}
+
+}  // namespace
+
+GRADOPS_OP(newton_schulz, "newton_schulz(Tensor x, float[] coefficients, bool normalize, int products) -> Tensor")
+
+}  // namespace gradops
