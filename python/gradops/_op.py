@@ -5,7 +5,7 @@ return zeros. So a raw `torch.ops.gradops.*` call raises when an input needs a d
 live in `torch.autograd.Function`s outside the op; those, and calls that need none, use the callable that
 `register` returns, which skips the autograd layer of the dispatcher.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,12 @@ def needs_derivative(*tensors: Tensor) -> bool:
     if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def primals(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Saved tensors as a jvp needs them: under forward_ad they still carry their tangents, which would
+    make the tangent ask for its own derivative."""
+    return [forward_ad.unpack_dual(t).primal for t in tensors]
 
 
 def register(name: str, *, fake: Callable[..., Any], vmap: bool = True) -> Callable[..., Any]:

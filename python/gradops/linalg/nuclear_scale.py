@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .._checks import check_matrix
-from .._op import needs_derivative, register
+from .._op import needs_derivative, primals, register
 
 _op = register("nuclear_scale", fake=lambda m, u: m.new_empty(m.shape[:-2], dtype=torch.float64))
 
@@ -67,6 +67,6 @@ class _NuclearScale(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: FunctionCtx, dm: Tensor | None, du: Tensor | None):
-        m, u = ctx.saved_tensors
+        m, u = primals(ctx.saved_tensors)
         parts = [(a.double() * b).sum((-2, -1)) for a, b in ((dm, u), (m, du)) if a is not None and b is not None]
         return sum(parts)

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .._checks import check_matrix
-from .._op import needs_derivative, register
+from .._op import needs_derivative, primals, register
 
 _op = register("row_norm", fake=lambda x, eps, center: torch.empty_like(x, memory_format=torch.contiguous_format))
 
@@ -48,14 +48,16 @@ def row_norm(x: Tensor, *, eps: float = 1e-8, center: bool = False) -> Tensor:
     return _op(x, eps, center)
 
 
-def _formula(x: Tensor, eps: float, center: bool) -> Tensor:
-    """The same in plain torch, for the derivatives."""
-    y = x - x.mean(-2, keepdim=True) if center else x
-    squares = (y * y).sum(-1, keepdim=True)
-    norm = torch.where(squares == 0, 1, squares).sqrt()  # no 0 / 0 in the derivative of a zero row
-    norm = torch.where(squares == 0, 0, norm)
-    y = y / torch.where(squares == 0, eps or 1, norm + eps)
-    return y - y.mean(-2, keepdim=True) if center else y
+def _derivative(x: Tensor, v: Tensor, eps: float, center: bool) -> Tensor:
+    """The Jacobian times v, in differentiable torch. It is symmetric, so this is vjp and jvp."""
+    if center:
+        x, v = x - x.mean(-2, keepdim=True), v - v.mean(-2, keepdim=True)
+    squares = (x * x).sum(-1, keepdim=True)
+    zero = squares == 0
+    norm = torch.where(zero, 1, squares).sqrt()
+    out = (v - x * ((x * v).sum(-1, keepdim=True) / (norm * (norm + eps)))) / (norm + eps)
+    out = torch.where(zero, v / eps if eps else 0, out)  # at a zero row y = x / eps
+    return out - out.mean(-2, keepdim=True) if center else out
 
 
 class _RowNorm(torch.autograd.Function):
@@ -74,10 +76,9 @@ class _RowNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor):
         x, = ctx.saved_tensors
-        _, vjp = torch.func.vjp(lambda t: _formula(t, ctx.eps, ctx.center), x)
-        return *vjp(grad), None, None
+        return _derivative(x, grad, ctx.eps, ctx.center), None, None
 
     @staticmethod
     def jvp(ctx: FunctionCtx, tangent: Tensor, *_):
-        x, = ctx.saved_tensors
-        return torch.func.jvp(lambda t: _formula(t, ctx.eps, ctx.center), (x,), (tangent,))[1]
+        x, = primals(ctx.saved_tensors)
+        return _derivative(x, tangent, ctx.eps, ctx.center)
