@@ -45,7 +45,10 @@ def legend(machine: dict[str, Any]) -> str:
     )
 
 
-def show(machine: dict[str, Any], results: list[Result], console: Console) -> None:
+def show(machine: dict[str, Any], results: list[Result]) -> None:
+    console = Console()
+    if not console.is_terminal:  # a log file has no width
+        console = Console(width=160)
     console.print(table(results))
     console.print(legend(machine), style="dim", highlight=False)
     lost = sum(r["lost"] for r in results)

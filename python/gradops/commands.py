@@ -71,7 +71,7 @@ def bench(
 
     settings = harness.Settings(device, threads, quick)
     machine, floor = harness.machine(settings), harness.Floor(settings)
-    console, results = Console(), []
+    results = []
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=None)
@@ -85,6 +85,6 @@ def bench(
                     report.write_json(json_file, machine, results)
     if not results:
         raise click.UsageError(f"no case's name contains {only!r}")
-    report.show(machine, results, console)
+    report.show(machine, results)
     if plot_file:
         report.write_plot(plot_file, machine, results)
