@@ -1,10 +1,9 @@
 """Cases of gradops.optim: one step over sets of parameters, against torch's own optimizers or the plain loop."""
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-
 from gradops import optim
+from torch import Tensor, nn
 
 from .harness import Case, Settings
 from .linalg import torch_polar
@@ -46,19 +45,20 @@ def _work(shapes: list[tuple[int, int]]) -> float:
     return float(sum(5 * (3 * min(s) ** 2 * max(s) + min(s) ** 3) for s in shapes))
 
 
-Step = Callable[[], object]
-
-
 def muon(settings: Settings) -> Iterator[Case]:
+    # torch's iteration is in bfloat16 whatever the parameters are: "medium" is that choice, None float32's own.
+    kinds = [(torch.float32, None), (torch.float32, "medium"), (torch.bfloat16, None)]
     for name in ["64 of 64x64"] if settings.quick else SETS:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype, precision in kinds:
             shapes = SETS[name]
             # Two copies, so that one does not find the other's numbers in the cache.
             ours, theirs = (parameters(shapes, dtype, settings) for _ in range(2))
+            product = torch.bfloat16 if precision == "medium" else dtype
             yield Case(
-                "Muon.step", name, dtype,
-                ours=optim.Muon(ours, lr=1e-3).step, reference=torch.optim.Muon(theirs, lr=1e-3).step,
-                flops={torch.bfloat16: _work(shapes)}, bytes=_bytes(ours),
+                "Muon.step", name, dtype, variant=precision or "",
+                ours=optim.Muon(ours, lr=1e-3, precision=precision).step,
+                reference=torch.optim.Muon(theirs, lr=1e-3).step,
+                flops={product: _work(shapes)}, bytes=_bytes(ours),
             )  # fmt: skip
 
 

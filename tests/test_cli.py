@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -6,9 +7,8 @@ import pytest
 
 pytest.importorskip("click", reason="needs gradops[bench]")
 
-from click.testing import CliRunner  # noqa: E402
-
-from gradops.commands import gradops  # noqa: E402
+from click.testing import CliRunner
+from gradops.commands import gradops
 
 
 def run(*args):
@@ -16,8 +16,6 @@ def run(*args):
 
 
 def shell(code, **environment):
-    import os
-
     return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
 
 
@@ -43,7 +41,8 @@ def test_without_the_extra_one_line_says_what_to_install(missing):
     code = f"import sys; sys.modules['{missing}'] = None; from gradops.cli import main; main()"
     result = shell(code)
     assert result.returncode == 1
-    assert result.stderr.strip() == f"gradops: this command needs {missing}. Install it with: pip install 'gradops[bench]'"
+    says = f"gradops: this command needs {missing}. Install it with: pip install 'gradops[bench]'"
+    assert result.stderr.strip() == says
 
 
 @pytest.mark.parametrize(
