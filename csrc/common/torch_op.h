@@ -117,4 +117,14 @@ inline Tensor new_like(const Tensor& x) {
   return empty(x, shape, x.scalar_type());
 }
 
+// Memory for the length of a call, from torch's allocator: it may be captured in a CUDA graph.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t bytes) : memory_(empty(like, {bytes}, ScalarType::Byte)) {}
+  void* data() const { return memory_.mutable_data_ptr(); }
+
+ private:
+  Tensor memory_;
+};
+
 }  // namespace gradops

@@ -17,6 +17,8 @@ const NewtonSchulzEngine& engine_for(Element element, NewtonSchulzProducts produ
   using Pick = const NewtonSchulzEngine& (*)(Element, int);
   const Pick pick = GRADOPS_DISPATCH_BF16(newton_schulz_bf16);
   if (!pick) throw std::runtime_error("newton_schulz: no bf16 products on this machine");
+  if (element != Element::bf16 && element != Element::f32)
+    throw std::runtime_error("newton_schulz: bf16 products take bf16 or f32 input");
   return pick(element, products == NewtonSchulzProducts::bf16x3 ? 2 : 1);
 }
 
@@ -45,6 +47,10 @@ void cpu::newton_schulz(const void* in, void* out, Element element, int64_t batc
       char* memory = thread_scratch(shared + own);
       for (int64_t item = begin; item < end; ++item) {
         const NewtonSchulzTask t = task(item);
+        if (engine.run_all) {
+          engine.run_all(t, memory, memory + shared);
+          continue;
+        }
         for (int phase = 0; phase < phases; ++phase)
           engine.run(t, memory, memory + shared, phase, 0, engine.units(t, phase));
       }

@@ -45,6 +45,8 @@ struct NewtonSchulzEngine {
   // scratch: scratch_bytes(task) bytes of the calling thread, contents undefined at entry
   void (*run)(const NewtonSchulzTask&, char* workspace, char* scratch, int phase, int64_t begin, int64_t end);
   int64_t (*scratch_bytes)(const NewtonSchulzTask&);
+  // All phases on one thread, where that is less work than run() phase by phase; may be null.
+  void (*run_all)(const NewtonSchulzTask&, char* workspace, char* scratch) = nullptr;
 };
 // f32, f64, and f16 and bf16 input widened to float.
 GRADOPS_DECLARE(const NewtonSchulzEngine&, newton_schulz_full, Element element)

@@ -1,28 +1,61 @@
-// NumPy face of the same core (nanobind). Needs no torch.
+// NumPy face of the same core (nanobind): raw functions over arrays that gradops/numpy.py has checked
+// and allocated. Needs no torch.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <stdexcept>
 
 #include "common/isa.h"
 #include "common/thread_pool.h"
-#include "linalg/row_normalize.h"
+#include "linalg/newton_schulz.h"
+#include "linalg/nuclear_scale.h"
+#include "linalg/row_norm.h"
 
 namespace nb = nanobind;
-using namespace nb::literals;
 
 namespace {
 
-using In2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-template <int D>
-using Out = nb::ndarray<nb::numpy, float, nb::ndim<D>>;
+using In = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+using Out = nb::ndarray<nb::c_contig, nb::device::cpu>;
 
-template <int D>
-Out<D> make(std::initializer_list<size_t> shape) {
-  size_t n = 1;
-  for (size_t s : shape) n *= s;
-  auto* p = new float[n];
-  nb::capsule owner(p, [](void* q) noexcept { delete[] static_cast<float*>(q); });
-  return Out<D>(p, shape, owner);
+gradops::Element element(const In& x) {
+  if (x.dtype() == nb::dtype<float>()) return gradops::Element::f32;
+  if (x.dtype() == nb::dtype<double>()) return gradops::Element::f64;
+  if (x.dtype().code == uint8_t(nb::dlpack::dtype_code::Float) && x.dtype().bits == 16) return gradops::Element::f16;
+  throw std::invalid_argument("unsupported dtype");
+}
+int64_t rows(const In& x) { return int64_t(x.shape(x.ndim() - 2)); }
+int64_t cols(const In& x) { return int64_t(x.shape(x.ndim() - 1)); }
+int64_t batch(const In& x) { return x.size() == 0 ? 0 : int64_t(x.size()) / (rows(x) * cols(x)); }
+
+void newton_schulz(In x, Out y, const std::vector<double>& coefficients) {
+  gradops::NewtonSchulzSteps steps;
+  if (coefficients.size() > 3 * size_t(steps.kMost)) throw std::invalid_argument("too many steps");
+  for (size_t i = 0; i + 2 < coefficients.size(); i += 3, ++steps.steps) {
+    steps.a[steps.steps] = coefficients[i];
+    steps.b[steps.steps] = coefficients[i + 1];
+    steps.c[steps.steps] = coefficients[i + 2];
+  }
+  const nb::gil_scoped_release unlock;
+  gradops::cpu::newton_schulz(x.data(), y.data(), element(x), batch(x), rows(x), cols(x), steps, true,
+                              gradops::NewtonSchulzProducts::full);
+}
+
+void row_norm(In x, Out y, double eps, bool center) {
+  const gradops::RowNormTask task{x.data(), y.data(), element(x), batch(x), rows(x), cols(x), eps, center};
+  const nb::gil_scoped_release unlock;
+  const std::unique_ptr<double[]> memory(new double[size_t(gradops::cpu::row_norm_workspace(task)) / 8]);
+  gradops::cpu::row_norm(task, memory.get());
+}
+
+void nuclear_scale(In m, In u, Out out) {
+  const gradops::NuclearScaleTask task{m.data(), u.data(), static_cast<double*>(out.data()),
+                                       element(m),  batch(m), rows(m) * cols(m)};
+  const nb::gil_scoped_release unlock;
+  const std::unique_ptr<double[]> memory(new double[size_t(gradops::cpu::nuclear_scale_workspace(task)) / 8]);
+  gradops::cpu::nuclear_scale(task, memory.get());
 }
 
 }  // namespace
@@ -30,13 +63,8 @@ Out<D> make(std::initializer_list<size_t> shape) {
 NB_MODULE(_numpy, m) {
   gradops::set_parallel_backend({gradops::thread_pool, gradops::thread_count});
   m.def("isa", [] { return gradops::isa_name(gradops::best_isa()); });
-  m.def("row_normalize", [](In2 x, float eps) {
-    auto y = make<2>({x.shape(0), x.shape(1)});
-    auto inv = make<1>({x.shape(0)});
-    {
-      nb::gil_scoped_release unlock;
-      gradops::cpu::row_normalize(x.data(), x.shape(1), y.data(), inv.data(), x.shape(0), x.shape(1), eps);
-    }
-    return std::make_pair(y, inv);
-  }, "x"_a, "eps"_a = 1e-8f);
+  m.def("set_num_threads", [](int n) { gradops::host_threads() = n; });
+  m.def("newton_schulz", newton_schulz);
+  m.def("row_norm", row_norm);
+  m.def("nuclear_scale", nuclear_scale);
 }

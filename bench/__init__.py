@@ -1,0 +1,1 @@
+"""Benchmarks. One module per family declares cases; `harness` measures them, `report` shows them."""

@@ -1,0 +1,194 @@
+"""Measures cases: ours, plain torch, the peers and the floor, interleaved in one process.
+
+A family declares `Case`s; nothing here knows what they compute. All contenders of a case run back to back in
+every round, in alternating order, and ratios are taken inside a round, so that a machine whose speed drifts shifts
+both sides of a ratio alike. Medians are over rounds.
+"""
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+LOST = 0.95  # below this ratio plain torch is the faster one, beyond the noise
+
+
+@dataclass
+class Case:
+    """One line of the table. `reference` is the plain torch way that users run now; `None` for no such way.
+
+    `flops` is the least work the method needs, by the dtype of the products that could do it (the fastest counts);
+    `bytes` what it must read and write once.
+    `error` maps a contender's result to its distance from float64; see `relative_error`.
+    """
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    ours: Callable[[], Any]
+    reference: Callable[[], Any] | None = None
+    peers: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    flops: dict[torch.dtype, float] = field(default_factory=dict)
+    bytes: float = 0.0
+    error: Callable[[Any], float] | None = None
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.op, self.shape, str(self.dtype).removeprefix("torch."), self.variant)))
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: str = "cpu"
+    threads: int = 1
+    quick: bool = False
+
+    @property
+    def clock(self) -> str:
+        """One CPU thread is timed by its own CPU time, which other processes do not disturb."""
+        return "process CPU time" if self.device == "cpu" and self.threads == 1 else "wall clock"
+
+    @property
+    def seconds(self) -> float:  # a contender's share of a case
+        return 0.2 if self.quick else 1.0
+
+
+def relative_error(exact: Callable[[], Tensor]) -> Callable[[Tensor], float]:
+    """||y - exact|| / ||exact|| in float64 (Frobenius); `exact` is evaluated once, when first needed."""
+    known: list[Tensor] = []
+
+    def error(y: Tensor) -> float:
+        if not known:
+            known.append(exact())
+        return float((y.double() - known[0]).norm() / known[0].norm())
+
+    return error
+
+
+class Stopwatch:
+    """Times calls of one contender."""
+
+    def __init__(self, f: Callable[[], Any], settings: Settings) -> None:
+        clock = {"timer": time.process_time} if settings.clock == "process CPU time" else {}  # else Timer's own,
+        self._timer = Timer("f()", globals={"f": f}, num_threads=settings.threads, **clock)  # which synchronizes
+        self.once = max(self._timer.timeit(1).mean, 1e-7)
+
+    def burst(self, seconds: float) -> float:
+        """The mean of a burst of calls that lasts about `seconds`; Timer warms up before it."""
+        return self._timer.timeit(max(1, min(round(seconds / self.once), 100_000))).mean
+
+
+class Floor:
+    """The least time a case could take on this machine: FLOPs at the rate of torch's best product, or bytes at the
+    rate of a copy of the same size, whichever is longer. Both are measured here, in the same run."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.gemm: dict[str, float] = {}  # FLOP/s
+        self._copies: dict[int, float] = {}  # bytes/s
+
+    def _best(self, f: Callable[[], Any]) -> float:
+        watch = Stopwatch(f, self.settings)
+        return min(watch.burst(self.settings.seconds / 5) for _ in range(5))
+
+    def _gemm(self, dtype: torch.dtype) -> float:
+        name = str(dtype).removeprefix("torch.")
+        if name not in self.gemm:
+            sizes = (512, 1024) if self.settings.device == "cpu" else (4096, 8192)
+            rates = []
+            for n in sizes:
+                a = torch.randn(n, n, device=self.settings.device).to(dtype)
+                out = torch.empty_like(a)
+                rates.append(2 * n**3 / self._best(lambda a=a, out=out: torch.mm(a, a, out=out)))
+            self.gemm[name] = max(rates)
+        return self.gemm[name]
+
+    def _copy(self, size: float) -> float:
+        n = max(1, int(size) // 2)  # half is read, half is written
+        if n not in self._copies:
+            source = torch.zeros(n, dtype=torch.uint8, device=self.settings.device)
+            target = torch.empty_like(source)
+            self._copies[n] = 2 * n / self._best(lambda: target.copy_(source))
+        return self._copies[n]
+
+    def seconds(self, case: Case) -> float:
+        compute = min((work / self._gemm(dtype) for dtype, work in case.flops.items()), default=0.0)
+        memory = case.bytes / self._copy(case.bytes) if case.bytes else 0.0
+        return max(compute, memory)
+
+
+def measure(case: Case, floor: Floor) -> dict[str, Any]:
+    """Runs one case; times in seconds, ratios relative to ours (above 1: ours is faster)."""
+    settings = floor.settings
+    contenders = {"ours": case.ours}
+    if case.reference is not None:
+        contenders["torch"] = case.reference
+    contenders |= case.peers
+    errors = {name: case.error(f()) for name, f in contenders.items()} if case.error else {}
+    watches = {name: Stopwatch(f, settings) for name, f in contenders.items()}
+    # Many short bursts beat few long ones on a shared machine.
+    slowest = max(watch.once for watch in watches.values())
+    rounds = max(3, min(5 if settings.quick else 11, int(settings.seconds / slowest)))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(rounds):
+        for name in list(watches)[:: -1 if i % 2 else 1]:
+            times[name].append(watches[name].burst(settings.seconds / rounds))
+    ratios = {
+        name: median(theirs / ours for theirs, ours in zip(series, times["ours"], strict=True))
+        for name, series in times.items()
+        if name != "ours"
+    }
+    return {
+        "name": case.name, "op": case.op, "shape": case.shape, "variant": case.variant,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "seconds": {name: median(series) for name, series in times.items()},
+        "bursts": times, "ratios": ratios, "errors": errors, "floor": floor.seconds(case),
+        "flops": {str(dtype).removeprefix("torch."): work for dtype, work in case.flops.items()}, "bytes": case.bytes, "lost": ratios.get("torch", LOST) < LOST,
+    }  # fmt: skip
+
+
+def machine(settings: Settings) -> dict[str, Any]:
+    """What the figures depend on."""
+    info: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gradops": version("gradops"),
+        "isa": torch.ops.gradops.isa(),
+        "device": settings.device,
+        "threads": settings.threads,
+        "clock": settings.clock,
+        "quick": settings.quick,
+    }
+    if settings.device == "cuda":
+        info |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return info
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def run(cases: Iterator[Case], floor: Floor) -> Iterator[dict[str, Any]]:
+    """Measures case by case; a generator of cases keeps only one case's tensors alive."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(floor.settings.threads)
+    try:
+        for case in cases:
+            yield measure(case, floor)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,73 @@
+// simd.h: vectors as wide as the x86-64 level a kernel is compiled for.
+// For *.kernel.cpp only: everything is local to the file that includes it (see common/isa.h).
+#pragma once
+#include <cstdint>
+#include <utility>
+
+namespace gradops {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kVectorRegisters = 16;
+#else
+constexpr int kVectorBytes = 16, kVectorRegisters = 16;
+#endif
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes), may_alias));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T>
+[[gnu::always_inline]] inline Vec<T>& vec_at(T* aligned) {
+  return *reinterpret_cast<Vec<T>*>(aligned);
+}
+template <class T>
+[[gnu::always_inline]] inline const Vec<T>& vec_at(const T* aligned) {
+  return *reinterpret_cast<const Vec<T>*>(aligned);
+}
+
+// Swaps the off-diagonal halves of every 2H x 2H block, for H = lanes / 2, ..., 1.
+template <class T, int H, int... N>
+[[gnu::always_inline]] inline void transpose_halves(Vec<T>* row, std::integer_sequence<int, N...> lanes) {
+  constexpr int W = kLanes<T>;
+  for (int i = 0; i < W; ++i)
+    if (!(i & H)) {
+      const Vec<T> top = row[i], low = row[i + H];
+      row[i] = __builtin_shufflevector(top, low, (N & H ? W + N - H : N)...);
+      row[i + H] = __builtin_shufflevector(top, low, (N & H ? W + N : N + H)...);
+    }
+  if constexpr (H > 1) transpose_halves<T, H / 2>(row, lanes);
+}
+// A square block, one vector per row.
+template <class T>
+[[gnu::always_inline]] inline void transpose(Vec<T> (&row)[kLanes<T>]) {
+  transpose_halves<T, kLanes<T> / 2>(row, std::make_integer_sequence<int, kLanes<T>>());
+}
+
+// Numbers too small for the normal range are zeros while one of these lives: they change no result
+// that matters, but some processors take a hundred cycles for each.
+class FlushDenormals {
+#if defined(__SSE2__)
+  static constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040;
+  const unsigned before_ = __builtin_ia32_stmxcsr();
+
+ public:
+  FlushDenormals() { __builtin_ia32_ldmxcsr(before_ | kFlushToZero | kDenormalsAreZero); }
+  ~FlushDenormals() { __builtin_ia32_ldmxcsr(before_); }
+#else
+ public:
+  FlushDenormals() {}
+  ~FlushDenormals() {}
+#endif
+  FlushDenormals(const FlushDenormals&) = delete;
+};
+
+}  // namespace
+}  // namespace gradops

@@ -1,0 +1,113 @@
+// bf16_pack.h: row-major matrices of bf16 or float to and from blocks (bf16_blocks.h), and their norm.
+#pragma once
+#include <math.h>
+
+#include "common/element.h"
+#include "linalg/bf16_blocks.h"
+
+namespace gradops {
+namespace {
+
+// Row-major; tiles of 32 x 32 from the upper left corner, the last ones in each direction may be partial.
+struct Matrix {
+  char* data;
+  long rows, cols;
+  long row_tiles() const { return (rows + 31) / 32; }
+  long col_tiles() const { return (cols + 31) / 32; }
+  template <Element E>
+  char* at(long row, long col) const {
+    return data + (row * cols + col) * element_size(E);
+  }
+};
+
+inline uint32_t first(long count) { return count >= 32 ? ~0u : (1u << count) - 1; }
+
+// 32 consecutive elements; those at and after `count` are zero. Rows and columns may be permuted as
+// long as pack and unpack agree: f32 takes halves in place of parities.
+template <Element E>
+inline void load_even_odd(const char* p, long count, __m512& even, __m512& odd) {
+  const uint32_t m = first(count);
+  if constexpr (E == Element::bf16) {
+    const __m512i r = _mm512_maskz_loadu_epi16(m, p);
+    even = even_float(r), odd = odd_float(r);
+  } else {
+    even = _mm512_maskz_loadu_ps(__mmask16(m), p);
+    odd = _mm512_maskz_loadu_ps(__mmask16(m >> 16), p + 64);
+  }
+}
+
+// Of 32 rows from `row` on: in float, row by row, when that can neither overflow nor underflow,
+// otherwise in double, where squares of float and bf16 numbers always fit.
+template <Element E>
+double sum_of_squares(const Matrix& x, long row) {
+  const long end = row + 32 < x.rows ? row + 32 : x.rows;
+  __m512 even, odd;
+  double total = 0;
+  for (long r = row; r < end; ++r) {
+    __m512 s0 = _mm512_setzero_ps(), s1 = s0;
+    for (long c = 0; c < x.cols; c += 32) {
+      load_even_odd<E>(x.at<E>(r, c), x.cols - c, even, odd);
+      s0 = _mm512_fmadd_ps(even, even, s0), s1 = _mm512_fmadd_ps(odd, odd, s1);
+    }
+    total += _mm512_reduce_add_ps(_mm512_add_ps(s0, s1));
+  }
+  if (total > 1e-18 && total < 1e37) return total;
+  __m512d sum = _mm512_setzero_pd();
+  const auto add = [&sum](__m256 h) GRADOPS_INLINE {
+    const __m512d d = _mm512_cvtps_pd(h);
+    sum = _mm512_fmadd_pd(d, d, sum);
+  };
+  for (long r = row; r < end; ++r)
+    for (long c = 0; c < x.cols; c += 32) {
+      load_even_odd<E>(x.at<E>(r, c), x.cols - c, even, odd);
+      add(_mm512_castps512_ps256(even)), add(_mm512_extractf32x8_ps(even, 1));
+      add(_mm512_castps512_ps256(odd)), add(_mm512_extractf32x8_ps(odd, 1));
+    }
+  return _mm512_reduce_add_pd(sum);
+}
+
+// 1 / norm may exceed float: two factors, the first a power of two.
+struct Scale {
+  __m512 first, second;
+  // squares: the sum over the matrix. Zeros are multiplied by zero. NaN and infinity make all NaN.
+  Scale(double squares, bool normalize) {
+    double inverse = !isfinite(squares) ? NAN : !normalize ? 1 : squares > 0 ? 1 / sqrt(squares) : 0;
+    int e = 0;
+    if (isfinite(inverse)) frexp(inverse, &e);
+    e = e > 100 ? 100 : e < -100 ? -100 : e;
+    first = _mm512_set1_ps(float(ldexp(1, e)));
+    second = _mm512_set1_ps(float(ldexp(inverse, -e)));
+  }
+  __m512 operator()(__m512 x) const { return _mm512_mul_ps(_mm512_mul_ps(x, first), second); }
+};
+
+// Tile (i, p) of scale(x) -> r (R form).
+template <int N, Element E>
+inline void pack_tile(const Matrix& x, long i, long p, const Scale& scale, char* r) {
+  const long rows = x.rows - 32 * i < 32 ? x.rows - 32 * i : 32;
+  for (long k = 0; k < rows; ++k) {
+    __m512 even, odd;
+    load_even_odd<E>(x.at<E>(32 * i + k, 32 * p), x.cols - 32 * p, even, odd);
+    store_row(r + 64 * k, to_row<N>(scale(even), scale(odd)));
+  }
+  for (long k = rows; k < 32; ++k) store_row(r + 64 * k, to_row<N>(_mm512_setzero_ps(), _mm512_setzero_ps()));
+}
+
+template <int N, Element E>
+inline void unpack_tile(const char* r, const Matrix& y, long i, long p) {
+  const long rows = y.rows - 32 * i < 32 ? y.rows - 32 * i : 32;
+  const uint32_t m = first(y.cols - 32 * p);
+  for (long k = 0; k < rows; ++k) {
+    const Row<N> row = load_row<N>(r + 64 * k);
+    char* at = y.at<E>(32 * i + k, 32 * p);
+    if constexpr (E == Element::bf16) {
+      _mm512_mask_storeu_epi16(at, m, row.part[0]);  // the high part is the sum, rounded
+    } else {
+      _mm512_mask_storeu_ps(at, __mmask16(m), even_float(row));
+      _mm512_mask_storeu_ps(at + 64, __mmask16(m >> 16), odd_float(row));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace gradops

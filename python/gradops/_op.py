@@ -1,0 +1,76 @@
+"""How an op of this library is called from Python; every op goes through `register`.
+
+A C++ op that only has a kernel per device is a trap: torch.func.grad and jvp take it for a constant and
+return zeros. So a raw `torch.ops.gradops.*` call raises when an input needs a derivative. Derivatives
+live in `torch.autograd.Function`s outside the op; those, and calls that need none, use the callable that
+`register` returns, which skips the autograd layer of the dispatcher.
+"""
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_library = torch.library.Library("gradops", "FRAGMENT")
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def needs_derivative(*tensors: Tensor) -> bool:
+    """Whether autograd, forward mode or torch.func could ask for a derivative of what is computed from these."""
+    if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def primals(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Saved tensors as a jvp needs them: under forward_ad they still carry their tangents, which would
+    make the tangent ask for its own derivative."""
+    return [forward_ad.unpack_dual(t).primal for t in tensors]
+
+
+def register(name: str, *, fake: Callable[..., Any], vmap: bool = True) -> Callable[..., Any]:
+    """Completes `torch.ops.gradops.<name>` and returns the callable for use inside this package.
+
+    fake: the outputs' shapes, dtypes and devices, as `torch.library.register_fake` takes them.
+    vmap: every tensor of the op has its batch dimensions in front, so a new one may be put there.
+    """
+    op = getattr(torch.ops.gradops, name).default
+    torch.library.register_fake(f"gradops::{name}", fake)
+    if vmap:
+        torch.library.register_vmap(f"gradops::{name}", _in_front(op))
+    _library.impl(name, _refuse_derivatives(op), "Autograd", with_keyset=True)
+
+    def call(*args: Any) -> Any:
+        with _below_autograd():
+            return op(*args)
+
+    return call
+
+
+def _refuse_derivatives(op: Any) -> Callable[..., Any]:
+    def kernel(keyset: Any, *args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise RuntimeError(f"{op}: an input requires grad, but this op has no derivative of its own; "
+                               "call the function of the same name in gradops, or detach the input")
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):  # type: ignore[attr-defined]
+            raise RuntimeError(f"{op}: an input carries a forward-mode tangent, but this op has no derivative of its "
+                               "own; call the function of the same name in gradops, or detach the input")
+        with _below_autograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return kernel
+
+
+def _in_front(op: Any) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        def put(a: Any, dim: int | None) -> Any:
+            if not isinstance(a, Tensor):
+                return a
+            return a.expand(info.batch_size, *a.shape) if dim is None else a.movedim(dim, 0)
+
+        out = op(*(put(a, d) for a, d in zip(args, in_dims, strict=True)))
+        return out, 0 if isinstance(out, Tensor) else (0,) * len(out)
+
+    return rule

@@ -1,0 +1,170 @@
+"""Newton-Schulz iteration towards the polar factor, as one kernel per call."""
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .._checks import check_matrix
+from .._op import needs_derivative, register
+from .coefficients import Coefficients, resolve
+
+_PRECISIONS = ("highest", "high", "medium")
+_FULL, _BF16X3, _BF16 = 0, 1, 2  # NewtonSchulzProducts in csrc/linalg/newton_schulz.h
+
+_op = register("newton_schulz", fake=lambda x, coefficients, normalize, products: torch.empty_like(
+    x, memory_format=torch.contiguous_format))
+
+
+@torch.compiler.allow_in_graph
+def newton_schulz(x: Tensor, steps: int = 5, *, coefficients: str | Sequence[Sequence[float]] = "polar_express",
+                  form: str = "auto", eps: float = 1e-7, precision: str | None = None) -> Tensor:
+    r"""Moves the singular values of each matrix towards 1 by odd polynomials: a cheap stand-in for its polar factor.
+
+    .. math:: X_0 = \frac{x}{(1 + \epsilon)\,\|x\|_F}, \qquad A = X_k X_k^\top, \qquad
+              X_{k+1} = a_k X_k + (b_k A + c_k A^2) X_k
+
+    With :math:`x = U \Sigma V^\top` the result is :math:`U p(\Sigma) V^\top`. The Gram matrix is taken on the short
+    side. The result does not depend on the scale of ``x``; a zero matrix stays zero; a NaN or infinity makes its
+    own matrix NaN and no other.
+
+    Args:
+        x: ``(..., m, n)``; float64, float32, bfloat16 or float16. Not modified.
+        steps: number of polynomials, 1 to 32.
+        coefficients: ``"polar_express"`` (arXiv 2505.16932, Algorithm 1, safety factor 1.01), ``"simple"`` (Muon,
+            does not converge to 1), ``"quintic"``, ``"cans"`` (arXiv 2506.10935, with a safety factor of 1.01),
+            ``"aol"`` (Turbo-Muon: rows are first weighted by :math:`(\sum_j |A_{ij}|)^{-1/2}`), ``"deepseekv4"``
+            (``simple`` and two converging steps at the end; published with ``steps=10``), ``"cubic5"``
+            (:math:`c = 0`), or a sequence of ``(a, b, c)``, one per step. The last triple of a shorter list repeats.
+        form: ``"standard"`` iterates :math:`X`. ``"gram"`` iterates on the short side's Gram matrix and goes back to
+            :math:`X` often enough to stay bounded in ``x.dtype``: fewer operations for elongated matrices. ``"auto"``
+            takes ``"gram"`` only where no kernel of this library applies and ``max(m, n) >= 2 * min(m, n)``.
+        eps: relative safety margin of the norm.
+        precision: of products of float32 input: ``"highest"`` float32, ``"high"`` at least three bfloat16 products
+            (or TensorFloat-32), ``"medium"`` at least bfloat16. None: ``torch.get_float32_matmul_precision()``.
+            Other dtypes compute in their own precision or better, with sums in at least float32.
+
+    Returns:
+        A new tensor like ``x``.
+
+    Raises:
+        TypeError: ``x`` is no dense real floating-point tensor; ``steps`` is no int; ``coefficients`` no triples.
+        ValueError: ``x`` has fewer than 2 dimensions; ``steps``, ``coefficients``, ``form``, ``eps`` or
+            ``precision`` is not one of those above.
+
+    With ``s = min(m, n)``, ``l = max(m, n)``: ``3 s^2 l + s^3`` multiplications and additions per step on CPU, where
+    the kernels compute symmetric products once; ``4 s^2 l + 2 s^3`` with plain products. Differentiable to any order:
+    a call that needs a derivative runs on torch's own products.
+
+    Example:
+        >>> import torch
+        >>> from gradops.linalg import newton_schulz
+        >>> g = torch.randn(3, 64, 256)
+        >>> s = torch.linalg.svdvals(newton_schulz(g, steps=8))
+        >>> bool((s - 1).abs().max() < 1e-3)
+        True
+    """
+    check_matrix(x, "x")
+    if form not in ("auto", "standard", "gram"):
+        raise ValueError(f"form must be 'auto', 'standard' or 'gram', got {form!r}")
+    if precision is not None and precision not in _PRECISIONS:
+        raise ValueError(f"precision must be 'highest', 'high', 'medium' or None, got {precision!r}")
+    if not 0 <= eps < 1:
+        raise ValueError(f"eps must be in [0, 1), got {eps}")
+    table = resolve(coefficients, steps)
+    precision = precision or torch.get_float32_matmul_precision()
+    aol = coefficients == "aol"
+    if not aol and eps:
+        table = (tuple(k / (1 + eps)**power for k, power in zip(table[0], (1, 3, 5), strict=True)), *table[1:])
+    if form != "gram" and not needs_derivative(x) and (products := _kernel_products(x, precision)) is not None:
+        return _op(_aol(_normalize(x)) if aol else x, [k for abc in table for k in abc], not aol, products)
+    elongated = max(x.shape[-2:]) >= 2 * min(x.shape[-2:])
+    if form == "gram" or (form == "auto" and elongated and not needs_derivative(x)):
+        return _with_products(x, table, precision, aol, _gram_steps)
+    return _with_products(x, table, precision, aol, _standard_steps)
+
+
+def _kernel_products(x: Tensor, precision: str) -> int | None:
+    """How the kernel should multiply, or None where there is no kernel for x."""
+    if x.device.type == "cpu":
+        level = torch.ops.gradops.isa()
+        if level in ("v2", "v3", "v4") or x.dtype in (torch.float64, torch.float16):
+            return _FULL
+        if x.dtype == torch.bfloat16 or precision == "medium":
+            return _BF16
+        # Without tiles, three bfloat16 products cost more than one in float32.
+        return _BF16X3 if precision == "high" and level.startswith("amx") else _FULL
+    if x.device.type == "cuda" and x.dtype != torch.float64 and min(x.shape[-2:]) <= 256:
+        return _FULL if x.dtype != torch.float32 else {"highest": _FULL, "high": _BF16X3, "medium": _BF16}[precision]
+    return None
+
+
+def _normalize(x: Tensor) -> Tensor:
+    """x / ||x||_F, at any scale; 16-bit input comes back as float32."""
+    if x.numel() == 0:
+        return x
+    y = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    big = y.detach().abs().amax((-2, -1), keepdim=True)
+    y = y / torch.where(big == 0, 1, big)
+    norm = (y * y).sum((-2, -1), keepdim=True)
+    return y / torch.where(norm == 0, 1, norm).sqrt()
+
+
+def _aol(x: Tensor) -> Tensor:
+    """Rows of the short side weighted so that no singular value exceeds 1 (Prach and Lampert's bound)."""
+    tall = x.shape[-2] > x.shape[-1]
+    y = x.mT if tall else x
+    sums = (y @ y.mT).abs().sum(-1, keepdim=True)
+    y = y * torch.where(sums == 0, 0, torch.where(sums == 0, 1, sums).rsqrt())
+    return y.mT if tall else y
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    if before == precision:
+        yield
+        return
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _with_products(x: Tensor, table: Coefficients, precision: str, aol: bool, steps) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    tall = x.shape[-2] > x.shape[-1]
+    with _matmul_precision(precision):
+        y = _normalize(x.mT if tall else x)
+        y = (_aol(y) if aol else y).flatten(0, -3) if x.dim() > 2 else (_aol(y) if aol else y)[None]
+        low = torch.bfloat16 if x.dtype == torch.float32 and precision == "medium" else x.dtype
+        y = steps(y.to(low), table).to(x.dtype)
+    y = y.reshape(x.mT.shape if tall else x.shape)
+    return y.mT.contiguous() if tall else y
+
+
+def _standard_steps(x: Tensor, table: Coefficients) -> Tensor:
+    for a, b, c in table:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else b * gram, x, beta=a)
+    return x
+
+
+def _gram_steps(x: Tensor, table: Coefficients) -> Tensor:
+    """Q collects the polynomials of R = X X^T. Rounding errors of R grow with the polynomials' slope at 0, so X is
+    brought up to date, and R made anew, every second step in 16 bits and every third otherwise."""
+    every = 2 if x.dtype in (torch.bfloat16, torch.float16) else 3
+    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    for start in range(0, len(table), every):
+        chunk = table[start:start + every]
+        r, q = x @ x.mT, None
+        for i, (a, b, c) in enumerate(chunk):
+            p = torch.baddbmm(r, r, r, beta=b, alpha=c) if c else b * r
+            p = p + a * identity
+            q = p if q is None else p @ q
+            if i + 1 < len(chunk):
+                r = p @ r @ p
+        x = q @ x
+    return x

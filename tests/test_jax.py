@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+import torch
+from gradops import linalg
+
+jax = pytest.importorskip("jax")
+pytest.importorskip("gradops._jax")
+jnp = jax.numpy
+
+
+@pytest.fixture(scope="module")
+def ops():
+    from gradops import jax as module
+    return module
+
+
+def array(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def test_same_as_torch(ops):
+    x = array(3, 20, 33)
+    np.testing.assert_allclose(jax.jit(lambda t: ops.row_norm(t, center=True))(x),
+                               linalg.row_norm(torch.from_numpy(x), center=True), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(ops.newton_schulz, static_argnums=1)(x, 6),
+                               linalg.newton_schulz(torch.from_numpy(x), 6, precision="highest"), atol=1e-6)
+    y = ops.newton_schulz(jnp.asarray(x, jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    want = linalg.newton_schulz(torch.from_numpy(x).bfloat16()).float()
+    np.testing.assert_allclose(np.asarray(y, np.float32), want, atol=0.02)
+
+
+def test_vmap(ops):
+    x = array(4, 5, 6)
+    for f in (ops.row_norm, ops.newton_schulz):
+        np.testing.assert_allclose(jax.vmap(f, in_axes=1)(x), jnp.stack([f(x[:, i]) for i in range(5)]), atol=1e-6)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_gradient(ops, center):
+    def plain(x):
+        y = x - x.mean(-2, keepdims=True) if center else x
+        y = y / (jnp.linalg.norm(y, axis=-1, keepdims=True) + 0.1)
+        return y - y.mean(-2, keepdims=True) if center else y
+
+    x = array(5, 7)
+    ours = jax.jit(jax.grad(lambda t: (ops.row_norm(t, eps=0.1, center=center)**3).sum()))(x)
+    np.testing.assert_allclose(ours, jax.grad(lambda t: (plain(t)**3).sum())(x), rtol=1e-4, atol=1e-6)
+    with pytest.raises(Exception, match="[Dd]ifferentiat"):
+        jax.grad(lambda t: ops.newton_schulz(t).sum())(x)
+
+
+def test_bad_input(ops):
+    with pytest.raises(ValueError, match="x must have at least 2 dimensions"):
+        ops.row_norm(jnp.ones(3))
+    with pytest.raises(TypeError, match="x must be float64"):
+        ops.newton_schulz(jnp.ones((2, 2), jnp.int32))
