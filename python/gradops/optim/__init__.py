@@ -8,6 +8,7 @@ from .muon import Muon
 from .one_sided import LeftPolarGradM, RightPolarGradM
 from .polargrad import PolarGrad
 from .row_norm import RowNormM
+from .symmetry import symmetry_param_groups
 
 __all__ = [
     "AdamW",
@@ -18,5 +19,6 @@ __all__ = [
     "RightPolarGradM",
     "RowNormM",
     "SymmetryOptimizer",
+    "symmetry_param_groups",
     "to_matrices",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Size, Tensor
 
-LAYOUTS = ("matrix", "flat", "transposed", "heads", "heads_in", "gate_up", "gate_up_interleaved", "pairs", "pairs_in")
+LAYOUTS = ("matrix", "flat", "transposed", "heads", "heads_in", "gate_up", "gate_up_interleaved")
 
 
 def check_layout(layout: object, heads: object) -> None:
@@ -26,8 +26,6 @@ def check_shape(shape: Size, layout: str, heads: int | None, name: str) -> None:
         "heads_in": (-1, heads or 1),
         "gate_up": (-2, 2),
         "gate_up_interleaved": (-1, 2),
-        "pairs": (-2, 2),
-        "pairs_in": (-1, 2),
     }.get(layout, (-1, 1))
     if shape[dim] % parts:
         raise ValueError(
@@ -47,8 +45,6 @@ def to_matrices(x: Tensor, layout: str, heads: int | None = None) -> Tensor:
     ``"transposed"``          (..., n, m)             (..., m, n)         down projections: rows are neurons
     ``"heads"``               (..., heads k, d)       (..., heads, k, d)  q, k, v (fused too): a matrix per head
     ``"heads_in"``            (..., d, heads k)       (..., heads, d, k)  attention's output projection
-    ``"pairs"``               (..., 2 r, d)           (..., 2, r, d)      fused gate, up: two matrices, halves
-    ``"pairs_in"``            (..., d, 2 r)           (..., 2, d, r)      the same, interleaved columns
     ``"gate_up"``             (..., 2 r, d)           (..., r, 2 d)       fused gate, up: a row per neuron, halves
     ``"gate_up_interleaved"`` (..., d, 2 r)           (..., r, 2 d)       the same, interleaved columns (gpt-oss)
     ========================= ======================= =================== =======================================
@@ -63,10 +59,6 @@ def to_matrices(x: Tensor, layout: str, heads: int | None = None) -> Tensor:
         return x.unflatten(-2, (heads, -1))
     if layout == "heads_in":
         return x.unflatten(-1, (heads, -1)).movedim(-2, -3)
-    if layout == "pairs":
-        return x.unflatten(-2, (2, -1))
-    if layout == "pairs_in":
-        return x.unflatten(-1, (-1, 2)).movedim(-1, -3)
     if layout == "gate_up":
         return x.unflatten(-2, (2, -1)).movedim(-3, -2).flatten(-2)
     return x.unflatten(-1, (-1, 2)).movedim(-3, -1).flatten(-2)  # gate_up_interleaved
@@ -74,14 +66,12 @@ def to_matrices(x: Tensor, layout: str, heads: int | None = None) -> Tensor:
 
 def from_matrices(x: Tensor, layout: str, shape: Size) -> Tensor:
     """Inverse of `to_matrices`: back to the parameter's shape."""
-    if layout in ("matrix", "flat", "heads", "pairs"):
+    if layout in ("matrix", "flat", "heads"):
         return x.reshape(shape)
     if layout == "transposed":
         return x.mT
     if layout == "heads_in":
         return x.movedim(-3, -2).reshape(shape)
-    if layout == "pairs_in":
-        return x.movedim(-3, -1).reshape(shape)
     if layout == "gate_up":
         return x.unflatten(-1, (2, -1)).movedim(-2, -3).reshape(shape)
     return x.unflatten(-1, (2, -1)).movedim(-1, -3).reshape(shape)  # gate_up_interleaved
