@@ -19,22 +19,23 @@ __device__ inline void narrow(__nv_bfloat16* p, float2 v) {
 __device__ inline void narrow(__half* p, float2 v) { *reinterpret_cast<__half2*>(p) = __float22half2_rn(v); }
 
 // Row-major, in shared or global memory: the sum of kParts matrices of T, `part` elements apart.
-// Each part holds what the parts before it rounded away.
+// Each part holds what the parts before it rounded away. Index: int64_t where i * ld may not be an int.
 template <class T, int kParts, class Index = int>
 struct Matrix {
   T* p;
-  Index ld, part;
+  int ld;
+  Index part;
 
-  __device__ Matrix block(Index i, Index j) const { return {p + i * ld + j, ld, part}; }
-  __device__ T* at(int q, Index i, Index j) const { return p + q * part + i * ld + j; }
+  __device__ Matrix block(int i, int j) const { return {p + Index(i) * ld + j, ld, part}; }
+  __device__ T* at(int q, int i, int j) const { return p + q * part + Index(i) * ld + j; }
 
-  __device__ float get(Index i, Index j) const {
+  __device__ float get(int i, int j) const {
     float v = 0.f;
 #pragma unroll
     for (int q = 0; q < kParts; ++q) v += float(*at(q, i, j));
     return v;
   }
-  __device__ void put(Index i, Index j, float v) const {
+  __device__ void put(int i, int j, float v) const {
 #pragma unroll
     for (int q = 0; q < kParts; ++q) {
       const T t(v);
@@ -43,7 +44,7 @@ struct Matrix {
     }
   }
   // Columns j and j + 1; j is even.
-  __device__ float2 get_pair(Index i, Index j) const {
+  __device__ float2 get_pair(int i, int j) const {
     float2 v = widen(at(0, i, j));
 #pragma unroll
     for (int q = 1; q < kParts; ++q) {
@@ -52,7 +53,7 @@ struct Matrix {
     }
     return v;
   }
-  __device__ void put_pair(Index i, Index j, float2 v) const {
+  __device__ void put_pair(int i, int j, float2 v) const {
 #pragma unroll
     for (int q = 0; q < kParts; ++q) {
       narrow(at(q, i, j), v);

@@ -15,6 +15,7 @@ namespace gradops {
 namespace {
 
 constexpr int kMostShort = 256, kMostResident = 128;  // s
+constexpr int kMostLong = 0x7fffffff - 1023;            // n, so that indices in a row are int
 
 __host__ __device__ constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 template <class T>  // elements between rows: 16 bytes of padding, so ldmatrix has no bank conflicts
@@ -25,8 +26,8 @@ struct Steps {
   int steps;
 };
 struct Shape {
-  int64_t batch, n, np;  // np, S: n and s with padding
-  int s, S;
+  int64_t batch;
+  int s, n, S, np;  // S, np: s and n with padding
   bool tall, normalize;
 };
 
@@ -77,7 +78,7 @@ __device__ Scale scale_of(const T* in, int64_t count, float* scratch) {
 
 // Eight numbers of one row of X, 16-byte aligned.
 template <class M, class T>
-__device__ void put_eight(const M& X, int64_t i, int64_t j, T (&v)[8]) {
+__device__ void put_eight(const M& X, int i, int j, T (&v)[8]) {
 #pragma unroll
   for (int e = 0; e < 8; e += 2) X.put_pair(i, j + e, make_float2(v[e], v[e + 1]));
 }
@@ -87,19 +88,18 @@ __device__ void read_in(const T* in, const Shape& shape, const Scale& scale, con
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   if (shape.tall) {  // stored n x s: a lane takes eight rows of a column, so reads and writes are both in runs
     const int rows = shape.S / 32;
-    for (int64_t u = warp; u < rows * (shape.np / 8); u += warps) {
-      const int i = int(u % rows) * 32 + lane;
-      const int64_t j = u / rows * 8;
+    for (int u = warp; u < rows * (shape.np / 8); u += warps) {
+      const int i = u % rows * 32 + lane, j = u / rows * 8;
       float v[8];
 #pragma unroll
       for (int e = 0; e < 8; ++e)
-        v[e] = i < shape.s && j + e < shape.n ? scale(float(in[(j + e) * shape.s + i])) : 0.f;
+        v[e] = i < shape.s && j + e < shape.n ? scale(float(in[int64_t(j + e) * shape.s + i])) : 0.f;
       put_eight(X, i, j, v);
     }
   } else {
     for (int i = warp; i < shape.S; i += warps)
-      for (int64_t j = lane; j < shape.np; j += 32)
-        X.put(i, j, i < shape.s && j < shape.n ? scale(float(in[i * shape.n + j])) : 0.f);
+      for (int j = lane; j < shape.np; j += 32)
+        X.put(i, j, i < shape.s && j < shape.n ? scale(float(in[int64_t(i) * shape.n + j])) : 0.f);
   }
 }
 
@@ -108,18 +108,17 @@ __device__ void write_out(T* out, const Shape& shape, const M& X) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   if (shape.tall) {
     const int rows = shape.S / 32;
-    for (int64_t u = warp; u < rows * (shape.np / 8); u += warps) {
-      const int i = int(u % rows) * 32 + lane;
-      const int64_t j = u / rows * 8;
+    for (int u = warp; u < rows * (shape.np / 8); u += warps) {
+      const int i = u % rows * 32 + lane, j = u / rows * 8;
       for (int e = 0; e < 8; e += 2) {
         const float2 v = X.get_pair(i, j + e);
-        if (i < shape.s && j + e < shape.n) out[(j + e) * shape.s + i] = T(v.x);
-        if (i < shape.s && j + e + 1 < shape.n) out[(j + e + 1) * shape.s + i] = T(v.y);
+        if (i < shape.s && j + e < shape.n) out[int64_t(j + e) * shape.s + i] = T(v.x);
+        if (i < shape.s && j + e + 1 < shape.n) out[int64_t(j + e + 1) * shape.s + i] = T(v.y);
       }
     }
   } else {
     for (int i = warp; i < shape.s; i += warps)
-      for (int64_t j = lane; j < shape.n; j += 32) out[i * shape.n + j] = T(X.get(i, j));
+      for (int j = lane; j < shape.n; j += 32) out[int64_t(i) * shape.n + j] = T(X.get(i, j));
   }
 }
 
@@ -214,24 +213,25 @@ __device__ void multiply(Tile<T> (&tiles)[kTiles], const Deal<kTiles>& deal, con
 
 // kThreads is 128 for S <= 64, 256 for S <= 128: one or two tiles are then enough for every warp.
 template <class T, class Store, int kParts, int kThreads>
-__global__ void __launch_bounds__(kThreads, 512 / kThreads)
-resident_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, Shape shape, const __grid_constant__ Steps steps) {
+__global__ void __launch_bounds__(kThreads, kThreads == 128 ? 4 : sizeof(Store) * kParts == 2 ? 2 : 1)
+resident_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, const __grid_constant__ Shape shape,
+                const __grid_constant__ Steps steps) {
   constexpr int kTiles = kThreads / 128;
   GRADOPS_DYNAMIC_SHARED(unsigned char, memory);
   SharedPlan cut(memory);
-  const int S = shape.S, np = int(shape.np), rows = S / 32;
+  const int S = shape.S, np = shape.np, rows = S / 32;
   const ResidentPlan<Store, kParts> plan(cut, S, np);
   const Matrix<Store, kParts> X = plan.X, A = plan.A;
-  const int64_t count = shape.s * shape.n;
+  const int64_t count = int64_t(shape.s) * shape.n;
   const T* in = in_all + blockIdx.x * count;
 
   read_in(in, shape, shape.normalize ? scale_of(in, count, plan.scratch) : Scale(), X);
   __syncthreads();
 
   Tile<Store> tiles[kTiles];
-  const auto lower = Deal<kTiles>::lower(rows);
   const int width = kTiles * (kThreads / 32) / rows * 32;  // columns of X updated at a time
   for (int step = 0; step < steps.steps; ++step) {
+    const auto lower = Deal<kTiles>::lower(rows);
     multiply<true>(tiles, lower, X, X, np);
     put_symmetric<true>(tiles, lower, A, 0.f, 0.f);
     __syncthreads();
@@ -258,15 +258,18 @@ template <class Store, int kParts, bool kLarge>  // kLarge: S > 128
 struct StreamPlan {
   // Of the summed dimension in one panel. Two pairs of panels take 58 to 76 KB.
   static constexpr int kDepth = (kLarge ? 64 : 128) / (kParts * int(sizeof(Store)));
-  Matrix<Store, kParts> left[2], right[2];
+  static constexpr int kLeft = pitch<Store>(kDepth), kRight = pitch<Store>(kStreamWidth);
+  Store *left_panels, *right_panels;
   float* scratch;
-  __host__ __device__ StreamPlan(SharedPlan& plan, int S) {
-    const int ldl = pitch<Store>(kDepth), ldr = pitch<Store>(kStreamWidth);
-    for (int i = 0; i < 2; ++i) {
-      left[i] = {plan.take<Store>(kParts * S * ldl), ldl, S * ldl};
-      right[i] = {plan.take<Store>(kParts * kDepth * ldr), ldr, kDepth * ldr};
-    }
-    scratch = plan.take<float>(32);
+  int S;
+  __host__ __device__ StreamPlan(SharedPlan& plan, int S)
+      : left_panels(plan.take<Store>(2 * kParts * S * kLeft)), right_panels(plan.take<Store>(2 * kParts * kDepth * kRight)),
+        scratch(plan.take<float>(32)), S(S) {}
+  __device__ Matrix<Store, kParts> left(int half) const {
+    return {left_panels + half * kParts * S * kLeft, kLeft, S * kLeft};
+  }
+  __device__ Matrix<Store, kParts> right(int half) const {
+    return {right_panels + half * kParts * kDepth * kRight, kRight, kDepth * kRight};
   }
 };
 
@@ -285,30 +288,27 @@ __device__ void fetch(const Matrix<T, kParts>& to, const Matrix<T, kParts, int64
 // tiles = P P^T, or P Q (Q: k x cols) if not kGram; P and Q in global memory.
 template <bool kGram, class T, int kParts, int kTiles, class Plan>
 __device__ void stream(Tile<T> (&tiles)[kTiles], const Deal<kTiles>& deal, const Plan& plan,
-                       const Matrix<T, kParts, int64_t>& P, const Matrix<T, kParts, int64_t>& Q, int S, int64_t k,
-                       int cols) {
+                       const Matrix<T, kParts, int64_t>& P, const Matrix<T, kParts, int64_t>& Q, int S, int k, int cols) {
   constexpr int kDepth = Plan::kDepth;
-  const auto get = [&](int64_t k0) {
-    const int half = int(k0 / kDepth % 2), depth = int(min(int64_t(kDepth), k - k0));
-    fetch<kDepth>(plan.left[half], P.block(0, k0), S, depth);
-    if (!kGram) fetch<kStreamWidth>(plan.right[half], Q.block(k0, 0), depth, cols);
+  const auto get = [&](int k0) {
+    const int half = k0 / kDepth % 2, depth = min(kDepth, k - k0);
+    fetch<kDepth>(plan.left(half), P.block(0, k0), S, depth);
+    if (!kGram) fetch<kStreamWidth>(plan.right(half), Q.block(k0, 0), depth, cols);
   };
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) tiles[t].clear();
   get(0);
-  for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
+  for (int k0 = 0; k0 < k; k0 += kDepth) {
     wait_async();
     __syncthreads();  // this panel is here; the other one has been used
     if (k0 + kDepth < k) get(k0 + kDepth);
-    const int half = int(k0 / kDepth % 2), depth = int(min(int64_t(kDepth), k - k0));
+    const int half = k0 / kDepth % 2, depth = min(kDepth, k - k0);
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       if (deal.row[t] < 0) continue;
-      if constexpr (kGram)
-        add_product<true>(tiles[t], plan.left[half].block(deal.row[t], 0), plan.left[half].block(deal.col[t], 0), depth);
-      else
-        add_product<false>(tiles[t], plan.left[half].block(deal.row[t], 0), plan.right[half].block(0, deal.col[t]),
-                           depth);
+      const auto left = plan.left(half).block(deal.row[t], 0);
+      if constexpr (kGram) add_product<true>(tiles[t], left, plan.left(half).block(deal.col[t], 0), depth);
+      else add_product<false>(tiles[t], left, plan.right(half).block(0, deal.col[t]), depth);
     }
   }
 }
@@ -318,20 +318,20 @@ template <class Store, int kParts>
 struct Workspace {
   Matrix<Store, kParts, int64_t> X, A;
   __host__ __device__ Workspace(void* memory, const Shape& shape, int64_t slot) {
-    const int64_t S = shape.S, np = shape.np;
+    const int64_t S = shape.S, size_of_X = S * shape.np;
     Store* p = static_cast<Store*>(memory) + slot * size(shape);
-    X = {p, np, S * np};
-    A = {p + kParts * S * np, S, S * S};
+    X = {p, shape.np, size_of_X};
+    A = {p + kParts * size_of_X, shape.S, S * S};
   }
   __host__ __device__ static int64_t size(const Shape& shape) {
-    return kParts * shape.S * (shape.np + shape.S);
+    return int64_t(kParts) * shape.S * (int64_t(shape.np) + shape.S);
   }
 };
 
 // Blocks take matrices in turn, so the workspace is as large as the GPU, not as the batch.
 template <class T, class Store, int kParts, bool kLarge>
 __global__ void __launch_bounds__(kStreamThreads, kLarge ? 1 : 2)
-streamed_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, void* workspace, Shape shape,
+streamed_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, void* workspace, const __grid_constant__ Shape shape,
                 const __grid_constant__ Steps steps) {
   constexpr int kTiles = kLarge ? 3 : 1, kWarps = kStreamThreads / 32;  // 36 tiles are half of 256 x 256
   GRADOPS_DYNAMIC_SHARED(unsigned char, memory);
@@ -340,32 +340,31 @@ streamed_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, void* wor
   const StreamPlan<Store, kParts, kLarge> plan(cut, S);
   const Workspace<Store, kParts> mine(workspace, shape, blockIdx.x);
   const auto X = mine.X, A = mine.A;
-  const int64_t count = shape.s * shape.n;
+  const int64_t count = int64_t(shape.s) * shape.n;
 
   Tile<Store> tiles[kTiles];
-  const auto lower = Deal<kTiles>::lower(rows);
   const int width = 32 * min(kStreamWidth / 32, (kLarge ? 2 : 1) * kWarps / rows);  // keeps most warps busy
   for (int64_t item = blockIdx.x; item < shape.batch; item += gridDim.x) {
     const T* in = in_all + item * count;
     read_in(in, shape, shape.normalize ? scale_of(in, count, plan.scratch) : Scale(), X);
     __syncthreads();
     for (int step = 0; step < steps.steps; ++step) {
+      const auto lower = Deal<kTiles>::lower(rows);
       stream<true>(tiles, lower, plan, X, X, S, shape.np, 0);
       put_symmetric<true>(tiles, lower, A, 0.f, 0.f);
       __syncthreads();
       stream<true>(tiles, lower, plan, A, A, S, S, 0);
       put_symmetric<false>(tiles, lower, A, steps.b[step], steps.c[step]);
       __syncthreads();
-      for (int64_t j = 0; j < shape.np; j += width) {
-        const int cols = int(min(int64_t(width), shape.np - j));
+      for (int j = 0; j < shape.np; j += width) {
+        const int cols = min(width, shape.np - j);
         const auto deal = Deal<kTiles>::all(rows, cols / 32);
         stream<false>(tiles, deal, plan, A, X.block(0, j), S, S, cols);
         put_update(tiles, deal, X.block(0, j), steps.a[step]);
         __syncthreads();
       }
     }
-    write_out(out_all + item * count, shape, X);
-    __syncthreads();
+    write_out(out_all + item * count, shape, X);  // a thread reads what it will write in the next read_in: no barrier
   }
 }
 
@@ -374,14 +373,14 @@ streamed_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, void* wor
 Shape shape_of(int64_t batch, int64_t rows, int64_t cols, bool normalize) {
   const bool tall = rows > cols;
   const int64_t s = tall ? cols : rows, n = tall ? rows : cols;
-  return {batch, n, round_up(n, 32), int(s), int(round_up(s, 32)), tall, normalize};
+  return {batch, int(s), int(n), int(round_up(s, 32)), int(round_up(n, 32)), tall, normalize};
 }
 
 template <class Store, int kParts>
 bool is_resident(const Shape& shape) {
   if (shape.s > kMostResident || shape.np > 8192) return false;
   SharedPlan plan;
-  ResidentPlan<Store, kParts>(plan, shape.S, int(shape.np));
+  ResidentPlan<Store, kParts>(plan, shape.S, shape.np);
   return plan.bytes() <= max_shared_bytes();
 }
 int64_t stream_blocks(const Shape& shape) {
@@ -397,7 +396,7 @@ struct Kernels {
   static void run(const T* in, T* out, const Shape& shape, const Steps& steps, void* workspace, void* stream) {
     SharedPlan plan;
     if (is_resident<Store, kParts>(shape)) {
-      ResidentPlan<Store, kParts>(plan, shape.S, int(shape.np));
+      ResidentPlan<Store, kParts>(plan, shape.S, shape.np);
       const bool few = shape.S <= 64;
       launch(few ? resident_kernel<T, Store, kParts, 128> : resident_kernel<T, Store, kParts, 256>, blocks(shape.batch),
              few ? 128 : 256, plan.bytes(), stream, in, out, shape, steps);
@@ -425,7 +424,7 @@ auto pick(Element element, NewtonSchulzProducts products, F f) {
 }  // namespace
 
 bool cuda::newton_schulz_fits(Element element, int64_t rows, int64_t cols) {
-  return element != Element::f64 && std::min(rows, cols) <= kMostShort && std::max(rows, cols) <= int64_t(1) << 31;
+  return element != Element::f64 && std::min(rows, cols) <= kMostShort && std::max(rows, cols) <= kMostLong;
 }
 
 int64_t cuda::newton_schulz_workspace_bytes(Element element, int64_t batch, int64_t rows, int64_t cols,
