@@ -7,16 +7,17 @@
 
 namespace gradops {
 
-__device__ inline float2 widen(const float* p) { return *reinterpret_cast<const float2*>(p); }
-__device__ inline float2 widen(const __nv_bfloat16* p) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p));
+// Two numbers side by side.
+__device__ inline float2 widen(float2 v) { return v; }
+__device__ inline float2 widen(__nv_bfloat162 v) { return __bfloat1622float2(v); }
+__device__ inline float2 widen(__half2 v) { return __half22float2(v); }
+template <class T>
+__device__ inline auto narrow(float2 v) {
+  if constexpr (std::is_same_v<T, float>) return v;
+  else if constexpr (std::is_same_v<T, __half>) return __float22half2_rn(v);
+  else return __float22bfloat162_rn(v);
 }
-__device__ inline float2 widen(const __half* p) { return __half22float2(*reinterpret_cast<const __half2*>(p)); }
-__device__ inline void narrow(float* p, float2 v) { *reinterpret_cast<float2*>(p) = v; }
-__device__ inline void narrow(__nv_bfloat16* p, float2 v) {
-  *reinterpret_cast<__nv_bfloat162*>(p) = __float22bfloat162_rn(v);
-}
-__device__ inline void narrow(__half* p, float2 v) { *reinterpret_cast<__half2*>(p) = __float22half2_rn(v); }
+template <class T> using Pair = decltype(narrow<T>(float2()));
 
 // Row-major, in shared or global memory: the sum of kParts matrices of T, `part` elements apart.
 // Each part holds what the parts before it rounded away. Index: int64_t where i * ld may not be an int.
@@ -45,10 +46,10 @@ struct Matrix {
   }
   // Columns j and j + 1; j is even.
   __device__ float2 get_pair(int i, int j) const {
-    float2 v = widen(at(0, i, j));
+    float2 v = make_float2(0.f, 0.f);
 #pragma unroll
-    for (int q = 1; q < kParts; ++q) {
-      const float2 w = widen(at(q, i, j));
+    for (int q = 0; q < kParts; ++q) {
+      const float2 w = widen(*reinterpret_cast<const Pair<T>*>(at(q, i, j)));
       v.x += w.x, v.y += w.y;
     }
     return v;
@@ -56,11 +57,9 @@ struct Matrix {
   __device__ void put_pair(int i, int j, float2 v) const {
 #pragma unroll
     for (int q = 0; q < kParts; ++q) {
-      narrow(at(q, i, j), v);
-      if (q + 1 < kParts) {
-        const float2 w = widen(at(q, i, j));
-        v.x -= w.x, v.y -= w.y;
-      }
+      const Pair<T> t = narrow<T>(v);
+      *reinterpret_cast<Pair<T>*>(at(q, i, j)) = t;
+      v.x -= widen(t).x, v.y -= widen(t).y;
     }
   }
 };

@@ -7,6 +7,9 @@
 // symmetric product is in registers before it is written; B = b A + c A A takes A's place.
 #include "linalg/newton_schulz.h"
 
+#include <algorithm>
+#include <string>
+
 #include "common/async_copy.h"
 #include "common/reduce.cuh"
 #include "common/tile.cuh"
@@ -15,7 +18,7 @@ namespace gradops {
 namespace {
 
 constexpr int kMostShort = 256, kMostResident = 128;  // s
-constexpr int kMostLong = 0x7fffffff - 1023;            // n, so that indices in a row are int
+constexpr int kMostLong = 0x7fffffff - 1023;           // n: columns are counted in int
 
 __host__ __device__ constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 template <class T>  // elements between rows: 16 bytes of padding, so ldmatrix has no bank conflicts
@@ -33,22 +36,13 @@ struct Shape {
 
 // --- in and out -------------------------------------------------------------------------------
 
-template <class F>  // f(value) for this thread's share of the elements
-__device__ void each_value(const float* p, int64_t count, F f) {
-  if (count % 4 == 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
-    for (int64_t e = 4 * threadIdx.x; e < count; e += 4 * blockDim.x) {
-      const float4 v = *reinterpret_cast<const float4*>(p + e);
-      f(v.x), f(v.y), f(v.z), f(v.w);
-    }
-  } else {
-    for (int64_t e = threadIdx.x; e < count; e += blockDim.x) f(p[e]);
-  }
-}
-template <class T, class F>  // 16-bit numbers
+template <class T, class F>  // f(value) for this thread's share of the elements
 __device__ void each_value(const T* p, int64_t count, F f) {
-  if (count % 4 == 0 && reinterpret_cast<uintptr_t>(p) % 8 == 0) {
+  if (count % 4 == 0 && reinterpret_cast<uintptr_t>(p) % (4 * sizeof(T)) == 0) {
+    struct alignas(4 * sizeof(T)) Four { Pair<T> low, high; };
     for (int64_t e = 4 * threadIdx.x; e < count; e += 4 * blockDim.x) {
-      const float2 v = widen(p + e), w = widen(p + e + 2);
+      const Four four = *reinterpret_cast<const Four*>(p + e);
+      const float2 v = widen(four.low), w = widen(four.high);
       f(v.x), f(v.y), f(w.x), f(w.y);
     }
   } else {
@@ -76,17 +70,10 @@ __device__ Scale scale_of(const T* in, int64_t count, float* scratch) {
   return scale;
 }
 
-// Eight numbers of one row of X, 16-byte aligned.
-template <class M, class T>
-__device__ void put_eight(const M& X, int i, int j, T (&v)[8]) {
-#pragma unroll
-  for (int e = 0; e < 8; e += 2) X.put_pair(i, j + e, make_float2(v[e], v[e + 1]));
-}
-
 template <class T, class M>
 __device__ void read_in(const T* in, const Shape& shape, const Scale& scale, const M& X) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  if (shape.tall) {  // stored n x s: a lane takes eight rows of a column, so reads and writes are both in runs
+  if (shape.tall) {  // stored n x s: a lane takes eight rows of a column, one 16- or 32-byte run of X
     const int rows = shape.S / 32;
     for (int u = warp; u < rows * (shape.np / 8); u += warps) {
       const int i = u % rows * 32 + lane, j = u / rows * 8;
@@ -94,7 +81,8 @@ __device__ void read_in(const T* in, const Shape& shape, const Scale& scale, con
 #pragma unroll
       for (int e = 0; e < 8; ++e)
         v[e] = i < shape.s && j + e < shape.n ? scale(float(in[int64_t(j + e) * shape.s + i])) : 0.f;
-      put_eight(X, i, j, v);
+      #pragma unroll
+      for (int e = 0; e < 8; e += 2) X.put_pair(i, j + e, make_float2(v[e], v[e + 1]));
     }
   } else {
     for (int i = warp; i < shape.S; i += warps)
@@ -110,6 +98,7 @@ __device__ void write_out(T* out, const Shape& shape, const M& X) {
     const int rows = shape.S / 32;
     for (int u = warp; u < rows * (shape.np / 8); u += warps) {
       const int i = u % rows * 32 + lane, j = u / rows * 8;
+#pragma unroll
       for (int e = 0; e < 8; e += 2) {
         const float2 v = X.get_pair(i, j + e);
         if (i < shape.s && j + e < shape.n) out[int64_t(j + e) * shape.s + i] = T(v.x);
@@ -124,11 +113,10 @@ __device__ void write_out(T* out, const Shape& shape, const M& X) {
 
 // --- tiles of a product, dealt to warps ----------------------------------------------------------
 
-// The tiles this warp has: first, first + warps, ... of `count`.
+// Where in the product the tiles of this warp are.
 template <int kTiles>
 struct Deal {
-  int row[kTiles], col[kTiles];  // -1: none
-  __device__ void clear(int t) { row[t] = col[t] = -1; }
+  int row[kTiles], col[kTiles];  // row -1: no tile
 
   __device__ static Deal lower(int rows) {  // on and below the diagonal of rows x rows
     Deal d;
@@ -256,14 +244,15 @@ constexpr int kStreamThreads = 384, kStreamWidth = 128;  // columns of X updated
 
 template <class Store, int kParts, bool kLarge>  // kLarge: S > 128
 struct StreamPlan {
-  // Of the summed dimension in one panel. Two pairs of panels take 58 to 76 KB.
+  // Of the summed dimension in one panel. Two pairs of panels take up to 76 KB.
   static constexpr int kDepth = (kLarge ? 64 : 128) / (kParts * int(sizeof(Store)));
   static constexpr int kLeft = pitch<Store>(kDepth), kRight = pitch<Store>(kStreamWidth);
   Store *left_panels, *right_panels;
   float* scratch;
   int S;
   __host__ __device__ StreamPlan(SharedPlan& plan, int S)
-      : left_panels(plan.take<Store>(2 * kParts * S * kLeft)), right_panels(plan.take<Store>(2 * kParts * kDepth * kRight)),
+      : left_panels(plan.take<Store>(2 * kParts * S * kLeft)),
+        right_panels(plan.take<Store>(2 * kParts * kDepth * kRight)),
         scratch(plan.take<float>(32)), S(S) {}
   __device__ Matrix<Store, kParts> left(int half) const {
     return {left_panels + half * kParts * S * kLeft, kLeft, S * kLeft};
@@ -288,7 +277,8 @@ __device__ void fetch(const Matrix<T, kParts>& to, const Matrix<T, kParts, int64
 // tiles = P P^T, or P Q (Q: k x cols) if not kGram; P and Q in global memory.
 template <bool kGram, class T, int kParts, int kTiles, class Plan>
 __device__ void stream(Tile<T> (&tiles)[kTiles], const Deal<kTiles>& deal, const Plan& plan,
-                       const Matrix<T, kParts, int64_t>& P, const Matrix<T, kParts, int64_t>& Q, int S, int k, int cols) {
+                       const Matrix<T, kParts, int64_t>& P, const Matrix<T, kParts, int64_t>& Q, int S, int k,
+                       int cols) {
   constexpr int kDepth = Plan::kDepth;
   const auto get = [&](int k0) {
     const int half = k0 / kDepth % 2, depth = min(kDepth, k - k0);
@@ -331,8 +321,8 @@ struct Workspace {
 // Blocks take matrices in turn, so the workspace is as large as the GPU, not as the batch.
 template <class T, class Store, int kParts, bool kLarge>
 __global__ void __launch_bounds__(kStreamThreads, kLarge ? 1 : 2)
-streamed_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, void* workspace, const __grid_constant__ Shape shape,
-                const __grid_constant__ Steps steps) {
+streamed_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, void* workspace,
+                const __grid_constant__ Shape shape, const __grid_constant__ Steps steps) {
   constexpr int kTiles = kLarge ? 3 : 1, kWarps = kStreamThreads / 32;  // 36 tiles are half of 256 x 256
   GRADOPS_DYNAMIC_SHARED(unsigned char, memory);
   SharedPlan cut(memory);
@@ -383,12 +373,17 @@ bool is_resident(const Shape& shape) {
   ResidentPlan<Store, kParts>(plan, shape.S, shape.np);
   return plan.bytes() <= max_shared_bytes();
 }
-int64_t stream_blocks(const Shape& shape) {
-  return std::min<int64_t>(shape.batch, int64_t(multiprocessors()) * (shape.s > kMostResident ? 1 : 2));
-}
 
 template <class T, class Store, int kParts>
 struct Kernels {
+  // As many as run at a time; fewer where padding (s far below 32) would make the workspace many
+  // times as large as the input.
+  static int64_t stream_blocks(const Shape& shape) {
+    const int64_t running = int64_t(multiprocessors()) * (shape.s > kMostResident ? 1 : 2);
+    const int64_t input = int64_t(shape.s) * shape.n * int64_t(sizeof(T));
+    const int64_t slot = Workspace<Store, kParts>::size(shape) * int64_t(sizeof(Store));
+    return std::min({shape.batch, running, std::max<int64_t>(1, shape.batch * input / slot * 4)});
+  }
   static int64_t workspace_bytes(const Shape& shape) {
     if (is_resident<Store, kParts>(shape)) return 0;
     return stream_blocks(shape) * Workspace<Store, kParts>::size(shape) * int64_t(sizeof(Store));
