@@ -95,6 +95,7 @@ struct Tile {
 // tile += P Q (P: 32 x k, Q: k x 32), or P Q^T (Q: 32 x k) if kTransposed; in shared memory; k % 16 == 0.
 template <bool kTransposed, class T, int kParts>
 __device__ inline void add_product(Tile<T>& tile, const Matrix<T, kParts>& P, const Matrix<T, kParts>& Q, int k) {
+#pragma unroll 2
   for (int kk = 0; kk < k; kk += 16) {
     FragB<T> b[kParts][2][2];
 #pragma unroll
