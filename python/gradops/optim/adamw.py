@@ -61,9 +61,10 @@ class AdamW(MatrixOptimizer):
 
     @classmethod
     def _init_state(cls, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        first = zeros_like_state(param, group)
         return {
-            "step": torch.zeros((), dtype=torch.float32, device=param.device),
-            "exp_avg": zeros_like_state(param, group),
+            "step": first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32)),
+            "exp_avg": first,
             "exp_avg_sq": zeros_like_state(param, group),
         }
 
