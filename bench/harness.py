@@ -20,6 +20,10 @@ from torch.utils.benchmark import Timer
 LOST = 0.95  # below this ratio plain torch is the faster one, beyond the noise
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass
 class Case:
     """One line of the table. `reference` is the plain torch way that users run now; `None` for no such way.
@@ -42,7 +46,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return " ".join(filter(None, (self.op, self.shape, str(self.dtype).removeprefix("torch."), self.variant)))
+        return " ".join(filter(None, (self.op, self.shape, dtype_name(self.dtype), self.variant)))
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Settings:
 
     @property
     def seconds(self) -> float:  # a contender's share of a case
-        return 0.2 if self.quick else 1.0
+        return 0.2 if self.quick else 1.0 if self.device == "cpu" else 0.3
 
 
 def relative_error(exact: Callable[[], Tensor]) -> Callable[[Tensor], float]:
@@ -100,9 +104,9 @@ class Floor:
         return min(watch.burst(self.settings.seconds / 5) for _ in range(5))
 
     def _gemm(self, dtype: torch.dtype) -> float:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         if name not in self.gemm:
-            sizes = (512, 1024) if self.settings.device == "cpu" else (4096, 8192)
+            sizes = (512, 1024) if self.settings.device == "cpu" else (4096,)
             rates = []
             for n in sizes:
                 a = torch.randn(n, n, device=self.settings.device).to(dtype)
@@ -147,12 +151,20 @@ def measure(case: Case, floor: Floor) -> dict[str, Any]:
         if name != "ours"
     }
     return {
-        "name": case.name, "op": case.op, "shape": case.shape, "variant": case.variant,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "name": case.name,
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": dtype_name(case.dtype),
+        "variant": case.variant,
         "seconds": {name: median(series) for name, series in times.items()},
-        "bursts": times, "ratios": ratios, "errors": errors, "floor": floor.seconds(case),
-        "flops": {str(dtype).removeprefix("torch."): work for dtype, work in case.flops.items()}, "bytes": case.bytes, "lost": ratios.get("torch", LOST) < LOST,
-    }  # fmt: skip
+        "ratios": ratios,
+        "lost": ratios.get("torch", LOST) < LOST,
+        "errors": errors,
+        "floor": floor.seconds(case),
+        "flops": {dtype_name(dtype): work for dtype, work in case.flops.items()},
+        "bytes": case.bytes,
+        "bursts": times,
+    }
 
 
 def machine(settings: Settings) -> dict[str, Any]:

@@ -14,14 +14,13 @@ from pydoc_data import topics
 
 import matplotlib
 import torch
+from gradops import optim
+from gradops.bench import harness, linalg, report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from gradops import optim
-from gradops.bench import harness, linalg, report
 
 CONTEXT, BATCH, WIDTH, LAYERS, HEADS = 96, 12, 128, 5, 4
 
@@ -30,9 +29,9 @@ STEPS = 200
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
     "AdamW": lambda ps: torch.optim.AdamW(ps, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1),
-    "torch.optim.Muon": lambda ps: torch.optim.Muon(ps, lr=0.02, weight_decay=0.1),
-    "gradops Muon": lambda ps: optim.Muon(ps, lr=0.02, weight_decay=0.1),
-    "gradops PolarGrad": lambda ps: optim.PolarGrad(ps, lr=0.02),
+    "torch.optim.Muon": lambda ps: torch.optim.Muon(ps, lr=0.04, weight_decay=0.1),
+    "gradops Muon": lambda ps: optim.Muon(ps, lr=0.04, weight_decay=0.1, precision="medium"),  # bfloat16, as torch's
+    "gradops PolarGrad": lambda ps: optim.PolarGrad(ps, lr=1.6, method="polar_express"),
 }
 
 

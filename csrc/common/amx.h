@@ -58,7 +58,8 @@ struct TileUnit {
 };
 thread_local TileUnit tile_unit;
 
-inline uint32_t (&tile_memory(int t))[16][16] {
+// Not inline: gcc would look the thread's unit up again for every element.
+__attribute__((noinline)) uint32_t (&tile_memory(int t))[16][16] {
   if (!tile_unit.configured) {
     fprintf(stderr, "amx_twin: tile %d used before tile_configure()\n", t);
     abort();

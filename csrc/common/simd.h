@@ -51,23 +51,21 @@ template <class T>
   transpose_halves<T, kLanes<T> / 2>(row, std::make_integer_sequence<int, kLanes<T>>());
 }
 
-// Numbers too small for the normal range are zeros while one of these lives: they change no result
-// that matters, but some processors take a hundred cycles for each.
-class FlushDenormals {
+// Calls f with numbers too small for the normal range taken as zeros: they change no result that
+// matters, but some processors take a hundred cycles for each. f must not throw. (An object that restores
+// the mode would bring exception tables, and with them a symbol shared between the levels.)
+template <class F>
+[[gnu::always_inline]] inline void flushing_denormals(const F& f) {
 #if defined(__SSE2__)
-  static constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040;
-  const unsigned before_ = __builtin_ia32_stmxcsr();
-
- public:
-  FlushDenormals() { __builtin_ia32_ldmxcsr(before_ | kFlushToZero | kDenormalsAreZero); }
-  ~FlushDenormals() { __builtin_ia32_ldmxcsr(before_); }
+  constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040;
+  const unsigned before = __builtin_ia32_stmxcsr();
+  __builtin_ia32_ldmxcsr(before | kFlushToZero | kDenormalsAreZero);
+  f();
+  __builtin_ia32_ldmxcsr(before);
 #else
- public:
-  FlushDenormals() {}
-  ~FlushDenormals() {}
+  f();
 #endif
-  FlushDenormals(const FlushDenormals&) = delete;
-};
+}
 
 }  // namespace
 }  // namespace gradops

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/element.h"
+
 namespace gradops {
 namespace {
 
@@ -40,6 +42,19 @@ struct F16 {
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   const uint32_t finite = magnitude < (113u << 23) ? subnormal : magnitude >= (143u << 23) ? 0x7c00u : normal;
   to.bits = uint16_t((bits >> 16 & 0x8000u) | (magnitude > 0x7f800000u ? 0x7e00u : finite));
+}
+template <class T>
+[[gnu::always_inline]] inline void narrow(double x, T& to) { narrow(float(x), to); }
+
+// Calls f(T()) with the C++ type of e.
+template <class F>
+inline void with_type(Element e, const F& f) {
+  switch (e) {
+    case Element::bf16: return f(Bf16());
+    case Element::f16: return f(F16());
+    case Element::f32: return f(0.f);
+    case Element::f64: return f(0.);
+  }
 }
 
 }  // namespace

@@ -114,7 +114,7 @@ template <int N, class W>
 GRADOPS_INLINE inline void multiply(const char* left, const char* right, long n, float* out, long units, W work) {
   constexpr long kChunk = 8 / N;  // 16 KB of the right operand stay in L1 for the four groups of rows
   constexpr long kGroups = 32 / kRows;
-  Spread<W> spread(units, kGroups * ((n + kChunk - 1) / kChunk), work);
+  for (long u=0;u<units;++u) work(u);
   for (long p0 = 0; p0 < n; p0 += kChunk) {
     const long p1 = p0 + kChunk < n ? p0 + kChunk : n;
     for (long g = 0; g < kGroups; ++g) {
@@ -129,7 +129,6 @@ GRADOPS_INLINE inline void multiply(const char* left, const char* right, long n,
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
         for (int h = 0; h < 2; ++h) _mm512_store_ps(rows + 32 * r + 16 * h, sums[r][h]);
-      spread.next();
     }
   }
 }

@@ -218,13 +218,12 @@ struct Engine {
     } else if (what == unpacking) {
       with_stored_type<T>(t, [&]<class Out>(const Out*) { unpack(m, static_cast<Out*>(t.out), first, last); });
     } else {
-      step(t, m, reinterpret_cast<T*>(scratch), what, (phase - 2) / 3, begin, end);
+      flushing_denormals([&] { step(t, m, reinterpret_cast<T*>(scratch), what, (phase - 2) / 3, begin, end); });
     }
   }
 
   static void step(const NewtonSchulzTask& t, const Arrays<T>& m, T* scratch, Kind what, int number, int64_t begin,
                    int64_t end) {
-    const FlushDenormals flush;
     const T a = T(t.steps->a[number]), b = T(t.steps->b[number]), c = T(t.steps->c[number]);
     if (what == update) {
       for (int64_t first = begin * kRowChunk; first < end * kRowChunk && first < m.l; first += kRowChunk)

@@ -1,6 +1,6 @@
 #include "linalg/nuclear_scale.h"
 
-#include "common/number.h"
+#include "common/widen.h"
 
 double gradops::GRADOPS_ISA::nuclear_scale_dot(const void* m, const void* u, Element element, int64_t begin,
                                                int64_t end) {

@@ -1,6 +1,6 @@
 #include "linalg/row_norm.h"
 
-#include "common/number.h"
+#include "common/widen.h"
 
 namespace gradops::GRADOPS_ISA {
 namespace {
@@ -67,7 +67,7 @@ void row_norm_write(const RowNormRows& t, int64_t begin, int64_t end, const doub
       T* y = static_cast<T*>(t.y) + r * t.cols;
       const double inv = inverse[r];
 #pragma omp simd
-      for (int64_t c = 0; c < t.cols; ++c) y[c] = Narrow<T>::from((widen(x[c]) - mean[c]) * inv - mean_after[c]);
+      for (int64_t c = 0; c < t.cols; ++c) narrow((widen(x[c]) - mean[c]) * inv - mean_after[c], y[c]);
     }
   });
 }
@@ -83,10 +83,10 @@ void row_norm_plain(const RowNormRows& t, int64_t begin, int64_t end) {
       if (sizeof(T) < 8 && inv < 1e37 && inv > 1e-37) {
         const float f = float(inv);
 #pragma omp simd
-        for (int64_t c = 0; c < t.cols; ++c) y[c] = Narrow<T>::from(float(widen(x[c])) * f);
+        for (int64_t c = 0; c < t.cols; ++c) narrow(float(widen(x[c])) * f, y[c]);
       } else {
 #pragma omp simd
-        for (int64_t c = 0; c < t.cols; ++c) y[c] = Narrow<T>::from(widen(x[c]) * inv);
+        for (int64_t c = 0; c < t.cols; ++c) narrow(widen(x[c]) * inv, y[c]);
       }
     }
   });

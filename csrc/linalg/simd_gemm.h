@@ -12,25 +12,17 @@
 namespace gradops {
 namespace {
 
-// The tile of sums in registers: kTileRows x kTileVectors vectors, and room for one row of the right operand.
-#ifndef GRADOPS_TR
-#define GRADOPS_TR (kVectorRegisters == 32 ? 8 : 4)
-#endif
-#ifndef GRADOPS_TV
-#define GRADOPS_TV (kVectorRegisters == 32 ? 2 : 3)
-#endif
-#ifndef GRADOPS_KC
-#define GRADOPS_KC 128
-#endif
-constexpr int kTileVectors = GRADOPS_TV, kTileRows = GRADOPS_TR;
+// The tile of sums in registers, with room for one row of the right operand beside it. Measured best.
+constexpr int kTileRows = kVectorBytes == 64 ? 8 : kVectorBytes == 32 ? 4 : 2;
+constexpr int kTileVectors = kVectorBytes == 64 ? 2 : kVectorBytes == 32 ? 3 : 4;
 template <class T>
-constexpr int kPanel = kTileVectors * kLanes<T>;
+constexpr int kPanel = kTileVectors * kLanes<T>;  // columns
 template <class T>
-constexpr int64_t kDepth = (GRADOPS_KC + kPanel<T> - 1) / kPanel<T> * kPanel<T>;  // sums per pass: both operands' parts stay in L1
+constexpr int64_t kDepth = (256 + kPanel<T> - 1) / kPanel<T> * kPanel<T>;  // terms per pass: their panel stays in L1
 template <class T>
-constexpr int64_t kBlockPanels = kPanel<T> > 64 ? 1 : 64 / kPanel<T>;
+constexpr int64_t kBlockPanels = 64 / kPanel<T>;
 template <class T>
-constexpr int64_t kBlock = kBlockPanels<T> * kPanel<T>;  // columns (and rows) that are computed together
+constexpr int64_t kBlock = kBlockPanels<T> * kPanel<T>;  // columns, and rows, of a symmetric matrix computed together
 
 template <class T>
 struct Panels {
@@ -48,7 +40,7 @@ enum class Left { by_rows, by_columns };
 // out = alpha * base + beta * sum_k left(., k) right(k, .): R rows, C vectors. No base: alpha is 0.
 template <class T, Left kLeft, int R, int C>
 [[gnu::noinline]] void tile(const T* left, int64_t left_panel, const T* right, int64_t depth, T alpha, const T* base,
-                            T beta, T* out) noexcept {
+                            T beta, T* out) {
   constexpr int W = kLanes<T>, P = kPanel<T>;
   Vec<T> sum[R][C] = {};
   const auto add = [&](auto element, const T* row) __attribute__((always_inline)) {
@@ -81,7 +73,7 @@ template <class T, Left kLeft, int R, int C>
 
 template <class T, Left kLeft, int R, int C = kTileVectors>
 [[gnu::always_inline]] inline void tile_of(int64_t vectors, const T* left, int64_t left_panel, const T* right,
-                                           int64_t depth, T alpha, const T* base, T beta, T* out) noexcept {
+                                           int64_t depth, T alpha, const T* base, T beta, T* out) {
   if constexpr (C > 0) {
     if (vectors >= C)
       tile<T, kLeft, R, C>(left, left_panel, right, depth, alpha, base, beta, out);
@@ -96,15 +88,14 @@ template <class F>
   int64_t row = 0;
   for (; row + kTileRows <= rows; row += kTileRows) f(row, std::integral_constant<int, kTileRows>());
   const int64_t rest = rows - row;
-  if (kTileRows > 8 && rest & 8) f(row, std::integral_constant<int, 8>()), row += 8;
   if (kTileRows > 4 && rest & 4) f(row, std::integral_constant<int, 4>()), row += 4;
-  if (rest & 2) f(row, std::integral_constant<int, 2>()), row += 2;
+  if (kTileRows > 2 && rest & 2) f(row, std::integral_constant<int, 2>()), row += 2;
   if (rest & 1) f(row, std::integral_constant<int, 1>());
 }
 
 // Copies the block at rows i, columns j to rows j, columns i, transposed. i and j are multiples of the lanes.
 template <class T>
-inline void mirror(const Panels<T>& m, int64_t i, int64_t j) noexcept {
+inline void mirror(const Panels<T>& m, int64_t i, int64_t j) {
   constexpr int W = kLanes<T>;
   Vec<T> block[W];
   const T* from = m.at(i, j);
@@ -123,7 +114,7 @@ inline void mirror(const Panels<T>& m, int64_t i, int64_t j) noexcept {
 //   out = alpha * base + beta * m^T m      (no base: alpha is 0)
 template <class T>
 inline void gram_block(const Panels<T>& m, int64_t bi, int64_t bj, T alpha, const Panels<T>* base, T beta,
-                       const Panels<T>& out) noexcept {
+                       const Panels<T>& out) {
   constexpr int W = kLanes<T>, P = kPanel<T>;
   const int64_t first = bi * kBlock<T>, last = first + kBlock<T> < out.rows ? first + kBlock<T> : out.rows;
   const int64_t vectors = out.vectors();
@@ -147,7 +138,7 @@ inline void gram_block(const Panels<T>& m, int64_t bi, int64_t bj, T alpha, cons
 // Rows first to last of m <- alpha m + beta m b. scratch: (last - first) rows, in panels.
 template <class T>
 inline void times_block(const Panels<T>& m, int64_t first, int64_t last, T alpha, const Panels<T>& b, T beta,
-                        T* scratch) noexcept {
+                        T* scratch) {
   constexpr int W = kLanes<T>, P = kPanel<T>;
   const Panels<T> old{scratch, last - first, m.cols};
   for (int64_t p = 0; p < m.panels(); ++p) {

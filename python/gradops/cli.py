@@ -5,10 +5,11 @@ import sys
 def main() -> None:
     try:
         from .commands import gradops
-    except ModuleNotFoundError as missing:
-        if missing.name not in ("click", "rich"):
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in ("click", "rich"):
             raise
-        sys.exit(f"gradops: this command needs {missing.name}. Install it with: pip install 'gradops[bench]'")
+        sys.exit(f"gradops: this command needs {missing}. Install it with: pip install 'gradops[bench]'")
     gradops(prog_name="gradops")
 
 

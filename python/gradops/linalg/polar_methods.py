@@ -1,0 +1,193 @@
+"""Ways to the orthonormal polar factor of tall full matrices, and what they share: scale, NaN, rank.
+
+Everything here sees `(b, m, n)` with m >= n >= 1, entries finite and of size one, and runs below autograd.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+from .newton_schulz import _matmul_precision, newton_schulz
+
+METHODS = ("auto", "svd", "qdwh", "zolo", "newton_schulz", "polar_express")
+
+# The eigenvectors of a Gram matrix lose half the digits of small singular values, and U^T A then misses symmetry by
+# about eps * condition number. Up to these condition numbers the loss is smaller than that of an SVD.
+_GRAM_CONDITION = {torch.float64: 30.0, torch.float32: 10.0}
+
+
+def polar_factor(a: Tensor, method: str, precision: str | None) -> Tensor:
+    """U of `(..., m, n)` in float32 or float64, in a's dtype."""
+    if a.numel() == 0:
+        return torch.empty_like(a, memory_format=torch.contiguous_format)
+    if a.shape[-2] < a.shape[-1]:
+        return polar_factor(a.mT, method, precision).mT.contiguous()
+    x = a.reshape(-1, *a.shape[-2:])
+    big = torch.linalg.vector_norm(x, math.inf, (-2, -1), keepdim=True)
+    usable = torch.isfinite(big) & (big > 0)
+    # A power of two: scaling is exact, and the result the same at any scale.
+    scale = torch.ldexp(torch.ones_like(big), torch.frexp(torch.where(usable, big, 1)).exponent - 1)
+    identity = torch.eye(*x.shape[-2:], dtype=x.dtype, device=x.device)
+    x = torch.where(usable, x / scale, identity)  # a zero matrix has this factor, and a NaN no longer spreads
+    with _matmul_precision("highest"):
+        u = _compute(x, method, precision)
+    u = torch.where(torch.isfinite(big), u, math.nan)
+    return u.reshape(a.shape)
+
+
+def _compute(x: Tensor, method: str, precision: str | None) -> Tensor:
+    match method:
+        case "svd":
+            return _svd(x)
+        case "qdwh":
+            return _qdwh(x)
+        case "zolo":
+            return _zolo(x)
+        case "newton_schulz":  # converges from singular values above about 1e-4 of the norm
+            return newton_schulz(x, 22, coefficients=[(1.875, -1.25, 0.375)], precision=precision)
+        case "polar_express":
+            return newton_schulz(x, 10, precision=precision)
+    return _qdwh(x) if x.is_cuda else _auto(x)
+
+
+def _auto(x: Tensor) -> Tensor:
+    """Elongated matrices are mostly well conditioned: there the Gram matrix serves. The others take the SVD."""
+    if 2 * x.shape[-1] > x.shape[-2]:
+        return _svd(x)
+    u, good = _gram(x)
+    if not bool(good.all()):
+        u[~good] = _svd(x[~good])
+    return u
+
+
+def _svd(x: Tensor) -> Tensor:
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    return u @ vh
+
+
+def _gram(x: Tensor) -> tuple[Tensor, Tensor]:
+    """X (X^T X)^(-1/2), and for which items the condition number allows it."""
+    values, q = torch.linalg.eigh(x.mT @ x)
+    good = values[:, 0] * _GRAM_CONDITION[x.dtype]**2 > values[:, -1]
+    values = torch.where(good[:, None], values, 1)
+    return _polish(x @ ((q * values.rsqrt()[:, None, :]) @ q.mT)), good
+
+
+def _polish(x: Tensor) -> Tensor:
+    """One cubic Newton-Schulz step: squares the distance of singular values to 1."""
+    gram = x.mT @ x
+    gram.mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1.5)
+    return x @ gram
+
+
+def _full_rank(x: Tensor) -> tuple[Tensor, float]:
+    """x in float64 with norm at most 1 and full rank, and a lower bound of its smallest singular value.
+
+    What is added is of the size of x's own rounding error, and the same for every item. Columns that depend on one
+    another, or vanish, so get some orthonormal direction, as from an SVD.
+    """
+    _, m, n = x.shape
+    eps = torch.finfo(x.dtype).eps
+    y = x.double()
+    norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
+    rows = torch.arange(1, m + 1, dtype=torch.float64, device=x.device)[:, None]
+    columns = torch.arange(1, n + 1, dtype=torch.float64, device=x.device)
+    noise = torch.frac(1e4 * torch.sin(12.9898 * rows + 78.233 * columns)) / (math.sqrt(m) + math.sqrt(n))
+    y = y / norm + eps * noise
+    gram = y.mT @ y
+    bound = torch.minimum(torch.linalg.matrix_norm(gram, keepdim=True), gram.abs().sum(-1, keepdim=True).amax(
+        -2, keepdim=True))
+    return y / bound.sqrt(), eps / (100 * n)
+
+
+def _qdwh(x: Tensor) -> Tensor:
+    """QDWH (Nakatsukasa, Bai, Gygi 2010): X <- X (a I + b X^T X) (I + c X^T X)^(-1).
+
+    In place of QR steps for large c, c is bounded: a Cholesky step loses about eps * sqrt(c), so in float64 (also for
+    float32 data) that stays below the result's accuracy, at the price of some more, much cheaper, steps.
+    """
+    y, low = _full_rank(x)
+    limit = 1e4 if x.dtype == torch.float64 else 1e13
+    for a, b, c in _halley_weights(low, limit):
+        gram = y.mT @ y
+        gram.mul_(c).diagonal(dim1=-2, dim2=-1).add_(1)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(gram).L)
+        inverse.mul_(a - b / c).diagonal(dim1=-2, dim2=-1).add_(b / c)
+        y = y @ inverse
+    return _polish(_polish(y)).to(x.dtype)
+
+
+def _halley_weights(low: float, limit: float) -> list[tuple[float, float, float]]:
+    """Steps that take singular values from [low, 1] to within 1e-5 of 1; c never exceeds the limit."""
+    floor = (4 / limit**3)**0.25 * 1.05  # c is close to (4 / l^4)^(1/3) for small l
+    weights = []
+    while low < 1 - 1e-5:
+        square = max(low, floor)**2
+        d = (4 * (1 / square - 1) / square)**(1 / 3)
+        q = math.sqrt(1 + d)
+        a = q + math.sqrt(2 - d + 2 * (2 - square) / (square * q))
+        b = (a - 1)**2 / 4
+        c = a + b - 1
+        weights.append((a, b, c))
+        low = min(1.0, low * (a + b * low * low) / (1 + c * low * low))
+    return weights
+
+
+def _zolo(x: Tensor) -> Tensor:
+    """ZOLO-PD (Nakatsukasa, Freund 2016): the best rational approximation of the sign, of type (2r + 1, 2r)."""
+    y, low = _full_rank(x)
+    identity = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+    while low < 1 - 1e-5:
+        poles, weights, factor, reached = next(z for r in range(1, 9) if (z := _zolotarev(low, r))[3] > 1 - 1e-5 or r == 8)
+        total = y.clone()
+        if poles[0] < 0.01:
+            for c, a in zip(poles, weights, strict=True):
+                q = torch.linalg.qr(torch.cat([y, (math.sqrt(c) * identity).expand(len(y), -1, -1)], -2)).Q
+                total += a / math.sqrt(c) * (q[:, :y.shape[-2]] @ q[:, y.shape[-2]:].mT)
+        else:
+            gram = y.mT @ y
+            total += y @ sum(a * torch.cholesky_inverse(torch.linalg.cholesky_ex(gram + c * identity).L)
+                             for c, a in zip(poles, weights, strict=True))
+        y = factor * total
+        low = reached
+    return _polish(_polish(y)).to(x.dtype)
+
+
+def _zolotarev(low: float, r: int) -> tuple[list[float], list[float], float, float]:
+    """c_{2j-1}, a_j and the factor M of f(x) = M x (1 + sum_j a_j / (x^2 + c_{2j-1})), f(1) = 1, and f(low)."""
+    c = [(low * _sc(i / (2 * r + 1), low))**2 for i in range(1, 2 * r + 1)]
+    odd, even = c[0::2], c[1::2]
+    weights = []
+    for j, pole in enumerate(odd):
+        a = 1.0
+        for k in range(r):
+            a *= even[k] - pole
+            if k != j:
+                a /= odd[k] - pole
+        weights.append(a)
+    factor = math.prod((1 + o) / (1 + e) for o, e in zip(odd, even, strict=True))
+    reached = factor * low * (1 + sum(a / (low * low + o) for o, a in zip(odd, weights, strict=True)))
+    return odd, weights, factor, min(1.0, reached)
+
+
+def _sc(t: float, k: float) -> float:
+    """sn/cn at t K(k') for the modulus k' = sqrt(1 - k^2): -i sn(i t K(k'), k), by theta series in the nome of k,
+    which converge fast however small k is."""
+    big_k = math.pi / (2 * _agm(1.0, math.sqrt((1 - k) * (1 + k))))
+    big_k_prime = math.pi / (2 * _agm(1.0, k))
+    log_q = -math.pi * big_k_prime / big_k  # of the nome q
+    z = -0.5 * t * log_q
+    top = bottom = 0.0
+    for n in range(12):
+        # Exponents are joined before exp: cosh(2 n z) alone could overflow.
+        power = n * (n + 1) * log_q
+        top += (-1)**n * (math.exp(power + (2 * n + 1) * z) - math.exp(power - (2 * n + 1) * z))
+        power = n * n * log_q
+        bottom += (-1)**n * (math.exp(power + 2 * n * z) + math.exp(power - 2 * n * z)) * (0.5 if n == 0 else 1)
+    return math.exp(0.25 * log_q) / math.sqrt(k) * top / bottom
+
+
+def _agm(a: float, b: float) -> float:
+    while abs(a - b) > 1e-15 * a:
+        a, b = (a + b) / 2, math.sqrt(a * b)
+    return a

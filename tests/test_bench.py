@@ -1,0 +1,101 @@
+import json
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="needs gradops[bench]")
+
+from gradops.bench import harness, report
+
+
+def spin(seconds):
+    def f():
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+        return torch.tensor(1.0)
+
+    return f
+
+
+def case(ours=1e-3, reference=4e-3, **more):
+    return harness.Case("op", "1x1", torch.float32, ours=spin(ours), reference=spin(reference), **more)
+
+
+@pytest.fixture(scope="module")
+def floor():
+    return harness.Floor(harness.Settings(quick=True))
+
+
+def test_ratio_above_one_means_ours_is_faster(floor):
+    result = harness.measure(case(peers={"peer": spin(2e-3)}), floor)
+    assert result["ratios"]["torch"] == pytest.approx(4, rel=0.2)
+    assert result["ratios"]["peer"] == pytest.approx(2, rel=0.2)
+    assert not result["lost"]
+
+
+def test_a_lost_case_is_marked_and_stays(floor):
+    result = harness.measure(case(ours=4e-3, reference=1e-3), floor)
+    assert result["lost"] and report.table([result]).row_count == 1
+
+
+def test_contenders_are_interleaved(floor):
+    order = []
+
+    def watched(name):
+        def f():
+            order.append(name)
+            end = time.process_time() + 0.01
+            while time.process_time() < end:
+                pass
+
+        return f
+
+    harness.measure(harness.Case("op", "", torch.float32, ours=watched("o"), reference=watched("r")), floor)
+    switches = sum(a != b for a, b in pairwise(order))
+    assert switches >= 4
+
+
+def test_error_is_relative_and_in_float64(floor):
+    exact = torch.full((4,), 1e-30, dtype=torch.float64)
+    error = harness.relative_error(lambda: exact)
+    assert error((exact * 1.5).float()) == pytest.approx(0.5, rel=1e-6)
+    assert error(exact) == 0
+
+
+def test_floor_is_the_longer_of_compute_and_copy_and_the_fastest_product_counts(floor):
+    flops = {torch.float32: 1e9, torch.float64: 1e6}
+    quick = floor.seconds(case(flops=flops))
+    assert 0 < quick < floor.seconds(case(flops={torch.float32: 1e9}))
+    assert floor.seconds(case(flops=flops, bytes=1e8)) > quick
+    assert floor.seconds(case()) == 0
+
+
+def test_threads_are_restored():
+    before = torch.get_num_threads()
+    list(harness.run(iter([case()]), harness.Floor(harness.Settings(quick=True))))
+    assert torch.get_num_threads() == before
+
+
+def test_json_and_plot(floor, tmp_path):
+    result = harness.measure(case(error=lambda y: 0.0), floor)
+    machine = harness.machine(floor.settings)
+    report.write_json(tmp_path / "new" / "r.json", machine, [result])
+    read = json.loads((tmp_path / "new" / "r.json").read_text())
+    assert read["results"][0]["ratios"] == result["ratios"] and read["machine"]["isa"]
+    pytest.importorskip("matplotlib")
+    report.write_plot(tmp_path / "r.png", machine, [result])
+    assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+def test_every_family_declares_cases():
+    from importlib import import_module
+
+    from gradops.commands import families
+
+    assert "linalg" in families()
+    for family in families():
+        first = next(import_module(f"gradops.bench.{family}").cases(harness.Settings(quick=True)))
+        assert isinstance(first, harness.Case)
