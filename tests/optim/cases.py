@@ -1,7 +1,6 @@
 """The optimizers under test, and parameters with gradients for them."""
 
 import torch
-
 from gradops.optim import (
     AdamW,
     HybridPolarGradM,

@@ -5,7 +5,6 @@ import io
 
 import pytest
 import torch
-
 from gradops import linalg
 from gradops.optim import AdamW, HybridPolarGradM, Muon, PolarGrad, RowNormM, SymmetryOptimizer
 
@@ -16,13 +15,16 @@ from .cases import ALL, MATRIX, give_grads, parameters, run
 def calls(monkeypatch):
     """Shapes of the batches that reach the kernels."""
     seen = []
-    for name in ("newton_schulz", "polar", "row_norm", "one_sided_polar"):
 
-        def wrapped(x, *args, _function=getattr(linalg, name), **kwargs):
+    def watch(function):
+        def wrapped(x, *args, **kwargs):
             seen.append(tuple(x.shape))
-            return _function(x, *args, **kwargs)
+            return function(x, *args, **kwargs)
 
-        monkeypatch.setattr(linalg, name, wrapped)
+        return wrapped
+
+    for name in ("newton_schulz", "polar", "row_norm", "one_sided_polar"):
+        monkeypatch.setattr(linalg, name, watch(getattr(linalg, name)))
     return seen
 
 

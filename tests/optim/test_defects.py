@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from gradops.optim import Muon, PolarGrad
 
 from .cases import ALL, MATRIX, give_grads, parameters

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
-
 from gradops.optim import SymmetryOptimizer, symmetry_param_groups
+from torch import nn
 
 from . import models
 
@@ -13,7 +12,9 @@ def choice(model, **kwargs):
     """name -> (role, update, layout, heads)"""
     groups = symmetry_param_groups(model, verbose=False, **kwargs)
     return {
-        name: (g["role"], g["update"], g.get("layout", "matrix"), g.get("heads")) for g in groups for name, _ in g["params"]
+        name: (g["role"], g["update"], g.get("layout", "matrix"), g.get("heads"))
+        for g in groups
+        for name, _ in g["params"]
     }
 
 
@@ -136,7 +137,7 @@ def test_overrides():
     assert by_name["layers.1.self_attn.q_proj.weight"]["update"] == "muon"
     assert (by_name["embed_tokens.weight"]["update"], by_name["embed_tokens.weight"]["alpha"]) == ("right_polar", 0.5)
     SymmetryOptimizer(groups)
-    with pytest.raises(ValueError, match="'no.such.name' match neither"):
+    with pytest.raises(ValueError, match=r"'no\.such\.name' match neither"):
         symmetry_param_groups(model, overrides={"no.such.name": "adamw"})
     with pytest.raises(ValueError, match="update must be one of"):
         symmetry_param_groups(model, overrides={"lm_head": "adam"})

@@ -80,4 +80,4 @@ class AdamW(MatrixOptimizer):
         root = torch._foreach_sqrt(second)
         torch._foreach_div_(root, [(1 - beta2**t).sqrt() for t in steps])
         torch._foreach_add_(root, items[0].group["eps"])
-        return [m / d.mul_(1 - beta1**t) for m, d, t in zip(first, root, steps)]
+        return [m / d.mul_(1 - beta1**t) for m, d, t in zip(first, root, steps, strict=True)]
