@@ -15,9 +15,8 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-
 from gradops.optim import PolarGrad
+from torch import Tensor
 
 CHECKPOINTS = (0, 50, 100, 200)
 

@@ -61,9 +61,10 @@ class AdamW(MatrixOptimizer):
 
     @classmethod
     def _init_state(cls, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        first = zeros_like_state(param, group)
         return {
-            "step": torch.zeros((), dtype=torch.float32, device=param.device),
-            "exp_avg": zeros_like_state(param, group),
+            "step": first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32)),
+            "exp_avg": first,
             "exp_avg_sq": zeros_like_state(param, group),
         }
 
@@ -79,4 +80,4 @@ class AdamW(MatrixOptimizer):
         root = torch._foreach_sqrt(second)
         torch._foreach_div_(root, [(1 - beta2**t).sqrt() for t in steps])
         torch._foreach_add_(root, items[0].group["eps"])
-        return [m / d.mul_(1 - beta1**t) for m, d, t in zip(first, root, steps)]
+        return [m / d.mul_(1 - beta1**t) for m, d, t in zip(first, root, steps, strict=True)]

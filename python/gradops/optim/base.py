@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ class MatrixOptimizer(Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    _defaults: dict[str, Any] = {}  # every setting of a group and its default, from the signature of __init__
-    _kernel_settings: tuple[str, ...] = ()  # those that must be equal within one kernel call
+    _defaults: ClassVar[dict[str, Any]] = {}  # every setting of a group and its default, from the signature of __init__
+    _kernel_settings: ClassVar[tuple[str, ...]] = ()  # those that must be equal within one kernel call
     _elementwise = False  # the update knows no matrices, and is right on any shard
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -81,12 +81,12 @@ class MatrixOptimizer(Optimizer):
             sources = list(torch._foreach_lerp(grads, momenta, beta)) if group.get("nesterov") else momenta
         direction, scale = cls._kernel(_stack(sources, layout, heads), group, items[0].param.dtype)
         if beta != 0 and polar_first:
-            unit = [from_matrices(u, layout, item.param.shape) for u, item in zip(direction, items)]
+            unit = [from_matrices(u, layout, item.param.shape) for u, item in zip(direction, items, strict=True)]
             torch._foreach_lerp_(momenta, unit, 1 - beta)
             direction = _stack(momenta, layout, heads)
         if scale is not None:
             direction = direction * scale
-        return [from_matrices(u, layout, item.param.shape) for u, item in zip(direction, items)]
+        return [from_matrices(u, layout, item.param.shape) for u, item in zip(direction, items, strict=True)]
 
     def _rule(self, group: dict[str, Any]) -> type[MatrixOptimizer]:
         """The class whose update a group takes."""
@@ -128,7 +128,7 @@ class MatrixOptimizer(Optimizer):
         def restore(optimizer: Optimizer) -> None:
             ids = [i for group in final["param_groups"] for i in group["params"]]
             params = [p for group in optimizer.param_groups for p in group["params"]]
-            for i, p in zip(ids, params):
+            for i, p in zip(ids, params, strict=True):
                 for key, value in final["state"].get(i, {}).items():
                     if isinstance(value, Tensor):
                         optimizer.state[p][key] = value.to(device=p.device, copy=True)
@@ -217,12 +217,12 @@ def _working_grads(items: list[_Item], grad_scale: Tensor | None, found_inf: Ten
 
 def _apply(items: list[_Item], directions: list[Tensor]) -> None:
     """p <- (1 - lr wd) p - lr D. Below float32 both terms are summed in D's dtype and rounded once."""
-    for _, run in groupby(zip(items, directions), key=lambda pair: id(pair[0].group)):
-        run_items, run_directions = map(list, zip(*run))
+    for _, run in groupby(zip(items, directions, strict=True), key=lambda pair: id(pair[0].group)):
+        run_items, run_directions = map(list, zip(*run, strict=True))
         group = run_items[0].group
         lr, decay = _scalar(group["lr"]), _scalar(group["weight_decay"])
         params = [item.param for item in run_items]
-        wide = [p.to(d.dtype) for p, d in zip(params, run_directions)]  # p itself where the dtypes are equal
+        wide = [p.to(d.dtype) for p, d in zip(params, run_directions, strict=True)]  # p itself if equal
         if isinstance(lr, Tensor) or isinstance(decay, Tensor) or decay != 0:
             torch._foreach_mul_(wide, 1 - lr * decay)
         if isinstance(lr, Tensor):
@@ -238,7 +238,7 @@ def _step_unless(found_inf: Tensor, rule: type[MatrixOptimizer], items: list[_It
     tensors = [t for item in items for t in (item.param, *item.state.values())]
     kept = [t.clone() for t in tensors]
     _apply(items, rule._directions(items, grads))
-    for t, old in zip(tensors, kept):
+    for t, old in zip(tensors, kept, strict=True):
         t.copy_(torch.where(found_inf.to(t.device, non_blocking=True) != 0, old, t))
 
 
@@ -250,16 +250,13 @@ def _hashable(x: Any) -> Any:
     return tuple(_hashable(v) for v in x) if isinstance(x, (list, tuple)) else x
 
 
+def _placements(x: Tensor) -> tuple[Any, ...] | None:
+    """Those of a DTensor, None for a plain tensor."""
+    return getattr(x, "placements", None)
+
+
 def _local(x: Tensor) -> Tensor:
-    return x.to_local() if _is_dtensor(x) else x
-
-
-def _is_dtensor(x: Tensor) -> bool:
-    if type(x) is Tensor or type(x) is torch.nn.Parameter or not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(x, DTensor)
+    return x if _placements(x) is None else x.to_local()  # type: ignore[attr-defined]
 
 
 def _name(group: dict[str, Any], i: int) -> str:
@@ -293,8 +290,9 @@ def _check_param(p: Tensor, name: str, rule: type[MatrixOptimizer], group: dict[
         raise TypeError(f"params: {name} has dtype {p.dtype}, but a real floating-point dtype is expected")
     if not rule._elementwise:
         check_shape(p.shape, group["layout"], group["heads"], name)
-        if _is_dtensor(p) and not all(placement.is_replicate() for placement in p.placements):
+        placements = _placements(p)
+        if placements is not None and not all(placement.is_replicate() for placement in placements):
             raise NotImplementedError(
-                f"params: {name} is a DTensor with placements {p.placements}; {rule.__name__} needs whole matrices, "
+                f"params: {name} is a DTensor with placements {placements}; {rule.__name__} needs whole matrices, "
                 "and the update of a shard is not a shard of the update: keep matrix parameters replicated"
             )

@@ -1,4 +1,4 @@
-"""RightPolarGradM and LeftPolarGradM: spectral updates of one side, for matrices whose sides have different symmetry."""
+"""RightPolarGradM and LeftPolarGradM: spectral updates for matrices whose two sides have different symmetry."""
 
 from __future__ import annotations
 

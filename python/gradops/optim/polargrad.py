@@ -97,4 +97,6 @@ class PolarGrad(MatrixOptimizer):
             u = method(batch)
         else:
             u, _ = linalg.polar(batch, method=method, compute_h=False, precision=group["precision"])
+        # The polar factor of a zero matrix is any partial isometry; no gradient is to be no step.
+        u = torch.where((batch != 0).flatten(-2).any(-1)[..., None, None], u, 0)
         return u, linalg.nuclear_scale(batch, u)[..., None, None] if group["nuclear_scale"] else None

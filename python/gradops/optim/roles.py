@@ -37,7 +37,7 @@ def find_roles(model: nn.Module, per_head: bool) -> list[Found]:
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
     found = []
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if not p.requires_grad:
             continue
         roles = [_find(alias, p, modules, per_head) for alias in names[id(p)]]

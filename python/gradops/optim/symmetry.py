@@ -98,7 +98,8 @@ def symmetry_param_groups(
                 change = {"update": change} if isinstance(change, str) else dict(change)
                 update = change.get("update", settings["update"])
                 if update not in UPDATES:
-                    raise ValueError(f"overrides[{pattern!r}]: update must be one of {', '.join(UPDATES)}, got {update!r}")
+                    known = ", ".join(UPDATES)
+                    raise ValueError(f"overrides[{pattern!r}]: update must be one of {known}, got {update!r}")
                 if update != settings["update"]:
                     settings = dict(adamw_base) if update == "adamw" else base | {"momentum": momentum}
                 settings |= change
@@ -113,7 +114,7 @@ def symmetry_param_groups(
 
 
 def _update_of(found: Found, momentum: float, alpha: float) -> dict[str, Any]:
-    shape = {"layout": found.layout} if found.layout != "matrix" else {}
+    shape: dict[str, Any] = {"layout": found.layout} if found.layout != "matrix" else {}
     if found.heads is not None:
         shape["heads"] = found.heads
     role = found.role
@@ -154,9 +155,9 @@ def _table(groups: list[dict[str, Any]]) -> str:
                 ", ".join(names),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [c.rjust(w) if i in (3, 4) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        cells = [c.rjust(w) if i in (3, 4) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
