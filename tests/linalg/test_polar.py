@@ -38,8 +38,8 @@ def check(a, u, h, side="right"):
 
 @pytest.mark.parametrize("method", ACCURATE)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(3, 60, 20), (40, 40), (2, 20, 60), (1, 1), (5, 1), (1, 5)])
-@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6, 1e12, math.inf])
+@pytest.mark.parametrize("shape", [(2, 40, 15), (24, 24), (2, 15, 40), (1, 5)])
+@pytest.mark.parametrize("condition", [1.0, 1e4, 1e12, math.inf])
 def test_any_conditioning(shape, condition, dtype, method):
     k = min(shape[-2:])
     graded = torch.logspace(0, -math.log10(min(condition, 1e12)), k, dtype=torch.float64)
@@ -187,7 +187,7 @@ def test_compile_and_export():
             return polar(x)
 
     a = gaussian(3, 5, 4)
-    torch.testing.assert_close(torch.compile(polar, fullgraph=True, backend="aot_eager")(a), polar(a))
+    torch.testing.assert_close(torch.compile(lambda x: polar(x), fullgraph=True, backend="aot_eager")(a), polar(a))
     torch.testing.assert_close(torch.export.export(Model(), (a,)).module()(a), polar(a))
     b = a.clone().requires_grad_()
     step = torch.compile(lambda x: polar(x)[1].sin().sum(), fullgraph=True, backend="aot_eager")
