@@ -97,7 +97,6 @@ def polar(A: Tensor, *, side: str = "right", method: str = "auto", compute_h: bo
     check_choice(method, "method", METHODS)
     if precision is not None:
         check_choice(precision, "precision", _PRECISIONS)
-    precision = precision or torch.get_float32_matmul_precision()
     a = A.float() if A.dtype in (torch.bfloat16, torch.float16) else A
     if not needs_derivative(A):
         u, h = _op(a, side, method, bool(compute_h), precision)
@@ -139,7 +138,7 @@ class _PolarFactor(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a: Tensor, method: str, precision: str) -> Tensor:
+    def forward(a: Tensor, method: str, precision: str | None) -> Tensor:
         return _op(a, "right", method, False, precision)[0]
 
     @staticmethod

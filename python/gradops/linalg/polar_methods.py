@@ -31,6 +31,7 @@ def polar_factor(a: Tensor, method: str, precision: str | None) -> Tensor:
     scale = torch.ldexp(torch.ones_like(big), torch.frexp(torch.where(usable, big, 1)).exponent - 1)
     identity = torch.eye(*x.shape[-2:], dtype=x.dtype, device=x.device)
     x = torch.where(usable, x / scale, identity)  # a zero matrix has this factor, and a NaN no longer spreads
+    precision = precision or torch.get_float32_matmul_precision()
     with _matmul_precision("highest"):
         u = _compute(x, method, precision)
     u = torch.where(torch.isfinite(big), u, math.nan)
