@@ -1,8 +1,5 @@
 #include "linalg/newton_schulz.h"
 
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 
 #include "common/parallel.h"
@@ -39,7 +36,8 @@ void cpu::newton_schulz(const void* in, void* out, Element element, int64_t batc
   };
   const NewtonSchulzTask first = task(0);
   const int phases = engine.phases(first);
-  const int64_t shared = round_up(engine.workspace_bytes(first), 4096), own = engine.scratch_bytes(first);
+  const int64_t shared = round_up(engine.workspace_bytes(first), 4096);
+  const int64_t own = round_up(engine.scratch_bytes(first), 4096);
 
   const int64_t short_side = rows < cols ? rows : cols;
   if (batch >= 2 * num_threads() || num_threads() == 1 || short_side < 128) {
@@ -57,16 +55,13 @@ void cpu::newton_schulz(const void* in, void* out, Element element, int64_t batc
     });
     return;
   }
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  const std::unique_ptr<char, Free> memory(static_cast<char*>(std::aligned_alloc(4096, shared)));
-  if (!memory) throw std::bad_alloc();
+  // The caller's scratch comes first: asked again for less, thread_scratch gives the same memory.
+  char* memory = thread_scratch(own + shared) + own;
   for (int64_t item = 0; item < batch; ++item) {
     const NewtonSchulzTask t = task(item);
     for (int phase = 0; phase < phases; ++phase)
       parallel_for(0, engine.units(t, phase), 1, [&](int64_t begin, int64_t end) {
-        engine.run(t, memory.get(), thread_scratch(own), phase, begin, end);
+        engine.run(t, memory, thread_scratch(own), phase, begin, end);
       });
   }
 }

@@ -1,205 +1,451 @@
-// One block per matrix: X (s x n, s <= n), A = X X^T and B = b A + c A A stay in shared
-// memory as bf16 through all steps; sums are fp32. Tall matrices are transposed on the way in.
+// One block per matrix, one launch for all steps. X is s x n with s <= n (tall matrices are
+// transposed on the way in and out), padded with zeros to multiples of 32.
+//
+// Two kernels. Resident: X and A = X X^T stay in shared memory. Streamed, for s <= 256 and any n: X
+// and A stay in global memory (in practice the L2 cache) and pass through shared memory in panels,
+// fetched one ahead. Both give one warp one to three 32 x 32 tiles of a product at a time, so a whole
+// symmetric product is in registers before it is written; B = b A + c A A takes A's place.
 #include "linalg/newton_schulz.h"
 
-#include "common/mma.h"
+#include <algorithm>
+#include <string>
+
+#include "common/async_copy.h"
 #include "common/reduce.cuh"
+#include "common/tile.cuh"
 
 namespace gradops {
 namespace {
 
-using bf16 = __nv_bfloat16;
+constexpr int kMostShort = 256, kMostResident = 128;  // s
+constexpr int kMostLong = 0x7fffffff - 1023;           // n: columns are counted in int
 
-constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
-__host__ __device__ constexpr int pitch(int cols) { return cols + 8; }  // elements between rows: no bank conflicts
+__host__ __device__ constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+template <class T>  // elements between rows: 16 bytes of padding, so ldmatrix has no bank conflicts
+__host__ __device__ constexpr int pitch(int cols) { return cols + 16 / int(sizeof(T)); }
 
-// Four consecutive elements with one load or store.
-__device__ inline void read4(const float* p, float (&v)[4]) {
-  const float4 q = *reinterpret_cast<const float4*>(p);
-  v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
-}
-__device__ inline void read4(const bf16* p, float (&v)[4]) {
-  const __nv_bfloat162* q = reinterpret_cast<const __nv_bfloat162*>(p);
-  const float2 lo = __bfloat1622float2(q[0]), hi = __bfloat1622float2(q[1]);
-  v[0] = lo.x, v[1] = lo.y, v[2] = hi.x, v[3] = hi.y;
-}
+struct Steps {
+  float a[NewtonSchulzSteps::kMost], b[NewtonSchulzSteps::kMost], c[NewtonSchulzSteps::kMost];
+  int steps;
+};
+struct Shape {
+  int64_t batch;
+  int s, n, S, np;  // S, np: s and n with padding
+  bool tall, normalize;
+};
 
-// Calls f(element number, value) for this thread's share of `count` elements.
-template <class T, class F>
-__device__ inline void each_element(const T* p, int count, bool vector, F f) {
-  if (vector) {
-    for (int e = 4 * threadIdx.x; e < count; e += 4 * blockDim.x) {
-      float v[4];
-      read4(p + e, v);
-      for (int i = 0; i < 4; ++i) f(e + i, v[i]);
+// --- in and out -------------------------------------------------------------------------------
+
+template <class T, class F>  // f(value) for this thread's share of the elements
+__device__ void each_value(const T* p, int64_t count, F f) {
+  if (count % 4 == 0 && reinterpret_cast<uintptr_t>(p) % (4 * sizeof(T)) == 0) {
+    struct alignas(4 * sizeof(T)) Four { Pair<T> low, high; };
+    for (int64_t e = 4 * threadIdx.x; e < count; e += 4 * blockDim.x) {
+      const Four four = *reinterpret_cast<const Four*>(p + e);
+      const float2 v = widen(four.low), w = widen(four.high);
+      f(v.x), f(v.y), f(w.x), f(w.y);
     }
   } else {
-    for (int e = threadIdx.x; e < count; e += blockDim.x) f(e, float(p[e]));
+    for (int64_t e = threadIdx.x; e < count; e += blockDim.x) f(float(p[e]));
   }
 }
 
-__device__ inline void put_pair(bf16* at, float x, float y) {
-  *reinterpret_cast<__nv_bfloat162*>(at) = __floats2bfloat162_rn(x, y);
-}
-__device__ inline float2 get_pair(const bf16* at) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(at));
-}
-
-// out = f(P P^T), symmetric: tiles of 32 x 32 on and below the diagonal, then mirrored.
-// f(i, j, x, y) -> float2 sees the sums at (i, j) and (i, j + 1).
-template <int S, class F>
-__device__ inline void symmetric_product(const bf16* P, int ldp, int k, bf16* out, F f) {
-  constexpr int kTiles = S / 32, ldo = pitch(S);
-  for (int tile = threadIdx.x / 32; tile < kTiles * (kTiles + 1) / 2; tile += blockDim.x / 32) {
-    int ti = 0;
-    while ((ti + 1) * (ti + 2) / 2 <= tile) ++ti;
-    const int tj = tile - ti * (ti + 1) / 2;
-    FragC sum[2][4] = {};
-    for (int kk = 0; kk < k; kk += 16) {
-      FragA<bf16> a[2];
-      FragB<bf16> b[2][2];
-      for (int r = 0; r < 2; ++r) load_a(a[r], P + (32 * ti + 16 * r) * ldp + kk, ldp);
-      for (int c = 0; c < 2; ++c) load_b_transposed(b[c], P + (32 * tj + 16 * c) * ldp + kk, ldp);
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) mma(sum[r][c], a[r], b[c / 2][c % 2]);
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int c = 0; c < 4; ++c)
-#pragma unroll
-        for (int e = 0; e < 4; e += 2) {
-          const int i = 32 * ti + 16 * r + c_row(e), j = 32 * tj + 8 * c + c_col(e);
-          const float2 v = f(i, j, sum[r][c].r[e], sum[r][c].r[e + 1]);
-          put_pair(out + i * ldo + j, v.x, v.y);
-          if (ti != tj) {
-            out[j * ldo + i] = __float2bfloat16_rn(v.x);
-            out[(j + 1) * ldo + i] = __float2bfloat16_rn(v.y);
-          }
-        }
+// Divides by the Frobenius norm, by way of the largest element: its square may not be a float.
+struct Scale {
+  float big = 0.f, norm = 0.f;
+  __device__ float operator()(float v) const {
+    if (big > 0.f) v /= big;
+    return norm == 0.f ? v : v / norm;  // NaN or inf anywhere: norm is NaN
   }
-}
-
-// X <- alpha X + B X, in place: a warp owns 16 columns and keeps them in registers.
-template <int S>
-__device__ inline void update(bf16* X, int ldx, int n, const bf16* B, float alpha) {
-  constexpr int ldb = pitch(S);
-  for (int j0 = threadIdx.x / 32 * 16; j0 < n; j0 += blockDim.x / 32 * 16) {
-    FragB<bf16> x[S / 16][2];
-#pragma unroll
-    for (int k = 0; k < S / 16; ++k) load_b(x[k], X + 16 * k * ldx + j0, ldx);
-    __syncwarp();  // all lanes have read these columns
-    for (int i0 = 0; i0 < S; i0 += 16) {
-      FragC sum[2] = {};
-#pragma unroll
-      for (int k = 0; k < S / 16; ++k) {
-        FragA<bf16> b;
-        load_a(b, B + i0 * ldb + 16 * k, ldb);
-        mma(sum[0], b, x[k][0]);
-        mma(sum[1], b, x[k][1]);
-      }
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-#pragma unroll
-        for (int e = 0; e < 4; e += 2) {
-          bf16* at = X + (i0 + c_row(e)) * ldx + j0 + 8 * c + c_col(e);
-          const float2 old = get_pair(at);
-          put_pair(at, alpha * old.x + sum[c].r[e], alpha * old.y + sum[c].r[e + 1]);
-        }
-    }
-  }
-}
-
-constexpr int threads_for(int S) { return S <= 64 ? 128 : 256; }
-struct Arrays {  // of one block, in shared memory
-  bf16 *X, *A, *B;
-  __host__ __device__ Arrays(SharedPlan& plan, int S, int np)
-      : X(plan.take<bf16>(S * pitch(np))), A(plan.take<bf16>(S * pitch(S))), B(plan.take<bf16>(S * pitch(S))) {}
 };
-size_t shared_for(int S, int np) {
-  SharedPlan plan;
-  Arrays(plan, S, np);
-  return plan.bytes();
-}
-
-// S: s rounded up to 32; np: n rounded up to 32. kTall: the matrix is stored n x s.
-template <class T, int S, bool kTall>
-__global__ void __launch_bounds__(threads_for(S), S <= 64 ? 4 : 1)
-newton_schulz_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, int s, int n, int np,
-                     const __grid_constant__ NewtonSchulzSteps steps, float eps) {
-  GRADOPS_DYNAMIC_SHARED(unsigned char, memory);
-  __shared__ float scratch[32];
-  SharedPlan plan(memory);
-  const Arrays arrays(plan, S, np);
-  bf16 *X = arrays.X, *A = arrays.A, *B = arrays.B;
-  const int ldx = pitch(np), count = s * n, fast = kTall ? s : n;
-  const T* in = in_all + size_t(blockIdx.x) * count;
-  T* out = out_all + size_t(blockIdx.x) * count;
-  const bool vector = fast % 4 == 0 && reinterpret_cast<uintptr_t>(in_all) % 16 == 0;
-  const auto place = [=](int e) { return kTall ? e % s * ldx + e / s : e / n * ldx + e % n; };
-
-  // Frobenius norm. Dividing by the largest element first keeps 1e30 and 1e-30 in range.
+template <class T>
+__device__ Scale scale_of(const T* in, int64_t count, float* scratch) {
+  Scale scale;
   float big = 0.f, squares = 0.f;
-  each_element(in, count, vector, [&](int, float v) { big = fmaxf(big, fabsf(v)); });
-  big = block_all(big, 0.f, scratch, [](float a, float b) { return fmaxf(a, b); });
-  each_element(in, count, vector, [&](int, float v) { v = big > 0.f ? v / big : v; squares += v * v; });
-  squares = block_all(squares, 0.f, scratch, [](float a, float b) { return a + b; });
-  const float norm = sqrtf(squares), small = eps / big;  // zeros stay zero: small is infinite
+  each_value(in, count, [&](float v) { big = fmaxf(big, fabsf(v)); });
+  big = block_all(big, 0.f, scratch, [](float x, float y) { return fmaxf(x, y); });
+  scale.big = big;
+  each_value(in, count, [&](float v) { v = scale(v), squares += v * v; });
+  scale.norm = sqrtf(block_all(squares, 0.f, scratch, [](float x, float y) { return x + y; }));
+  return scale;
+}
 
-  for (int e = threadIdx.x; e < S * ldx; e += blockDim.x) X[e] = __float2bfloat16_rn(0.f);
-  __syncthreads();
-  each_element(in, count, vector, [&](int e, float v) {
-    X[place(e)] = __float2bfloat16_rn(big > 0.f ? v / big / (norm + small) : v);
-  });
-  __syncthreads();
-
-  for (int step = 0; step < steps.steps; ++step) {
-    const float a = float(steps.a[step]), b = float(steps.b[step]), c = float(steps.c[step]);
-    symmetric_product<S>(X, ldx, np, A, [](int, int, float x, float y) { return make_float2(x, y); });
-    __syncthreads();
-    symmetric_product<S>(A, pitch(S), S, B, [=](int i, int j, float x, float y) {
-      const float2 old = get_pair(A + i * pitch(S) + j);
-      return make_float2(b * old.x + c * x, b * old.y + c * y);
-    });
-    __syncthreads();
-    update<S>(X, ldx, np, B, a);
-    __syncthreads();
-  }
-
-  for (int e = threadIdx.x; e < count; e += blockDim.x) {
-    if constexpr (std::is_same_v<T, float>) out[e] = __bfloat162float(X[place(e)]);
-    else out[e] = X[place(e)];
+template <class T, class M>
+__device__ void read_in(const T* in, const Shape& shape, const Scale& scale, const M& X) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  if (shape.tall) {  // stored n x s: a lane takes eight rows of a column, one 16- or 32-byte run of X
+    const int rows = shape.S / 32;
+    for (int u = warp; u < rows * (shape.np / 8); u += warps) {
+      const int i = u % rows * 32 + lane, j = u / rows * 8;
+      float v[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        v[e] = i < shape.s && j + e < shape.n ? scale(float(in[int64_t(j + e) * shape.s + i])) : 0.f;
+      #pragma unroll
+      for (int e = 0; e < 8; e += 2) X.put_pair(i, j + e, make_float2(v[e], v[e + 1]));
+    }
+  } else {
+    for (int i = warp; i < shape.S; i += warps)
+      for (int j = lane; j < shape.np; j += 32)
+        X.put(i, j, i < shape.s && j < shape.n ? scale(float(in[int64_t(i) * shape.n + j])) : 0.f);
   }
 }
 
-template <class T, int S>
-void run(const void* in, void* out, int64_t batch, bool tall, int s, int n, NewtonSchulzSteps steps,
-         float eps, void* stream) {
-  const int np = round_up(n, 32);
-  launch(tall ? newton_schulz_kernel<T, S, true> : newton_schulz_kernel<T, S, false>, blocks(batch),
-         threads_for(S), shared_for(S, np), stream, static_cast<const T*>(in), static_cast<T*>(out), s,
-         n, np, steps, eps);
+template <class T, class M>
+__device__ void write_out(T* out, const Shape& shape, const M& X) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  if (shape.tall) {
+    const int rows = shape.S / 32;
+    for (int u = warp; u < rows * (shape.np / 8); u += warps) {
+      const int i = u % rows * 32 + lane, j = u / rows * 8;
+#pragma unroll
+      for (int e = 0; e < 8; e += 2) {
+        const float2 v = X.get_pair(i, j + e);
+        if (i < shape.s && j + e < shape.n) out[int64_t(j + e) * shape.s + i] = T(v.x);
+        if (i < shape.s && j + e + 1 < shape.n) out[int64_t(j + e + 1) * shape.s + i] = T(v.y);
+      }
+    }
+  } else {
+    for (int i = warp; i < shape.s; i += warps)
+      for (int j = lane; j < shape.n; j += 32) out[int64_t(i) * shape.n + j] = T(X.get(i, j));
+  }
+}
+
+// --- tiles of a product, dealt to warps ----------------------------------------------------------
+
+// Where in the product the tiles of this warp are.
+template <int kTiles>
+struct Deal {
+  int row[kTiles], col[kTiles];  // row -1: no tile
+
+  __device__ static Deal lower(int rows) {  // on and below the diagonal of rows x rows
+    Deal d;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const int tile = threadIdx.x / 32 + t * (blockDim.x / 32);
+      int i = 0;
+      while ((i + 1) * (i + 2) / 2 <= tile) ++i;
+      d.row[t] = i < rows ? 32 * i : -1;
+      d.col[t] = 32 * (tile - i * (i + 1) / 2);
+    }
+    return d;
+  }
+  __device__ static Deal all(int rows, int cols) {
+    Deal d;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const int tile = threadIdx.x / 32 + t * (blockDim.x / 32);
+      d.row[t] = tile < rows * cols ? 32 * (tile % rows) : -1;
+      d.col[t] = 32 * (tile / rows);
+    }
+    return d;
+  }
+};
+
+// A = tiles, or A = b A + c tiles where B replaces A; mirrored.
+template <bool kFirst, class T, int kTiles, class M>
+__device__ void put_symmetric(Tile<T> (&tiles)[kTiles], const Deal<kTiles>& deal, const M& A, float b, float c) {
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    if (deal.row[t] < 0) continue;
+    const M home = A.block(deal.row[t], deal.col[t]), mirror = A.block(deal.col[t], deal.row[t]);
+    tiles[t].each_pair([&](int i, int j, float2 v) {
+      if constexpr (!kFirst) {
+        const float2 old = home.get_pair(i, j);
+        v = make_float2(b * old.x + c * v.x, b * old.y + c * v.y);
+      }
+      home.put_pair(i, j, v);
+      if (deal.row[t] != deal.col[t]) mirror.put(j, i, v.x), mirror.put(j + 1, i, v.y);
+    });
+  }
+}
+
+// X = a X + tiles
+template <class T, int kTiles, class M>
+__device__ void put_update(Tile<T> (&tiles)[kTiles], const Deal<kTiles>& deal, const M& X, float a) {
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    if (deal.row[t] < 0) continue;
+    const M home = X.block(deal.row[t], deal.col[t]);
+    tiles[t].each_pair([&](int i, int j, float2 v) {
+      const float2 old = home.get_pair(i, j);
+      home.put_pair(i, j, make_float2(a * old.x + v.x, a * old.y + v.y));
+    });
+  }
+}
+
+// --- resident ------------------------------------------------------------------------------------
+
+template <class Store, int kParts>
+struct ResidentPlan {
+  Matrix<Store, kParts> X, A;
+  float* scratch;
+  __host__ __device__ ResidentPlan(SharedPlan& plan, int S, int np)
+      : X{plan.take<Store>(kParts * S * pitch<Store>(np)), pitch<Store>(np), S * pitch<Store>(np)},
+        A{plan.take<Store>(kParts * S * pitch<Store>(S)), pitch<Store>(S), S * pitch<Store>(S)},
+        scratch(plan.take<float>(32)) {}
+};
+
+// tiles = P Q or P Q^T, all in shared memory
+template <bool kTransposed, class T, int kParts, int kTiles>
+__device__ void multiply(Tile<T> (&tiles)[kTiles], const Deal<kTiles>& deal, const Matrix<T, kParts>& P,
+                         const Matrix<T, kParts>& Q, int k) {
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    if (deal.row[t] < 0) continue;
+    tiles[t].clear();
+    add_product<kTransposed>(tiles[t], P.block(deal.row[t], 0),
+                             kTransposed ? Q.block(deal.col[t], 0) : Q.block(0, deal.col[t]), k);
+  }
+}
+
+// kThreads is 128 for S <= 64, 256 for S <= 128: one or two tiles are then enough for every warp.
+template <class T, class Store, int kParts, int kThreads>
+__global__ void __launch_bounds__(kThreads, kThreads == 128 ? 4 : sizeof(Store) * kParts == 2 ? 2 : 1)
+resident_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, const __grid_constant__ Shape shape,
+                const __grid_constant__ Steps steps) {
+  constexpr int kTiles = kThreads / 128;
+  GRADOPS_DYNAMIC_SHARED(unsigned char, memory);
+  SharedPlan cut(memory);
+  const int S = shape.S, np = shape.np, rows = S / 32;
+  const ResidentPlan<Store, kParts> plan(cut, S, np);
+  const Matrix<Store, kParts> X = plan.X, A = plan.A;
+  const int64_t count = int64_t(shape.s) * shape.n;
+  const T* in = in_all + blockIdx.x * count;
+
+  read_in(in, shape, shape.normalize ? scale_of(in, count, plan.scratch) : Scale(), X);
+  __syncthreads();
+
+  Tile<Store> tiles[kTiles];
+  const int width = kTiles * (kThreads / 32) / rows * 32;  // columns of X updated at a time
+  for (int step = 0; step < steps.steps; ++step) {
+    const auto lower = Deal<kTiles>::lower(rows);
+    multiply<true>(tiles, lower, X, X, np);
+    put_symmetric<true>(tiles, lower, A, 0.f, 0.f);
+    __syncthreads();
+    multiply<true>(tiles, lower, A, A, S);
+    __syncthreads();  // A has been read
+    put_symmetric<false>(tiles, lower, A, steps.b[step], steps.c[step]);
+    __syncthreads();
+    for (int j = 0; j < np; j += width) {
+      const auto deal = Deal<kTiles>::all(rows, min(width, np - j) / 32);
+      multiply<false>(tiles, deal, A, X.block(0, j), S);
+      __syncthreads();  // these columns have been read
+      put_update(tiles, deal, X.block(0, j), steps.a[step]);
+    }
+    __syncthreads();
+  }
+  write_out(out_all + blockIdx.x * count, shape, X);
+}
+
+// --- streamed ------------------------------------------------------------------------------------
+
+constexpr int kStreamThreads = 384, kStreamWidth = 128;  // columns of X updated at a time, at most
+
+template <class Store, int kParts, bool kLarge>  // kLarge: S > 128
+struct StreamPlan {
+  // Of the summed dimension in one panel. Two pairs of panels take up to 76 KB.
+  static constexpr int kDepth = (kLarge ? 64 : 128) / (kParts * int(sizeof(Store)));
+  static constexpr int kLeft = pitch<Store>(kDepth), kRight = pitch<Store>(kStreamWidth);
+  Store *left_panels, *right_panels;
+  float* scratch;
+  int S;
+  __host__ __device__ StreamPlan(SharedPlan& plan, int S)
+      : left_panels(plan.take<Store>(2 * kParts * S * kLeft)),
+        right_panels(plan.take<Store>(2 * kParts * kDepth * kRight)),
+        scratch(plan.take<float>(32)), S(S) {}
+  __device__ Matrix<Store, kParts> left(int half) const {
+    return {left_panels + half * kParts * S * kLeft, kLeft, S * kLeft};
+  }
+  __device__ Matrix<Store, kParts> right(int half) const {
+    return {right_panels + half * kParts * kDepth * kRight, kRight, kDepth * kRight};
+  }
+};
+
+// Starts copying rows x cols from global memory; at most kMost columns.
+template <int kMost, class T, int kParts>
+__device__ void fetch(const Matrix<T, kParts>& to, const Matrix<T, kParts, int64_t>& from, int rows, int cols) {
+  constexpr int kEach = 16 / int(sizeof(T)), kRow = kMost / kEach;
+#pragma unroll
+  for (int q = 0; q < kParts; ++q)
+    for (int v = threadIdx.x; v < rows * kRow; v += kStreamThreads) {
+      const int i = v / kRow, j = v % kRow * kEach;
+      if (j < cols) copy_async(to.at(q, i, j), from.at(q, i, j));
+    }
+}
+
+// tiles = P P^T, or P Q (Q: k x cols) if not kGram; P and Q in global memory.
+template <bool kGram, class T, int kParts, int kTiles, class Plan>
+__device__ void stream(Tile<T> (&tiles)[kTiles], const Deal<kTiles>& deal, const Plan& plan,
+                       const Matrix<T, kParts, int64_t>& P, const Matrix<T, kParts, int64_t>& Q, int S, int k,
+                       int cols) {
+  constexpr int kDepth = Plan::kDepth;
+  const auto get = [&](int k0) {
+    const int half = k0 / kDepth % 2, depth = min(kDepth, k - k0);
+    fetch<kDepth>(plan.left(half), P.block(0, k0), S, depth);
+    if (!kGram) fetch<kStreamWidth>(plan.right(half), Q.block(k0, 0), depth, cols);
+  };
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) tiles[t].clear();
+  get(0);
+  for (int k0 = 0; k0 < k; k0 += kDepth) {
+    wait_async();
+    __syncthreads();  // this panel is here; the other one has been used
+    if (k0 + kDepth < k) get(k0 + kDepth);
+    const int half = k0 / kDepth % 2, depth = min(kDepth, k - k0);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      if (deal.row[t] < 0) continue;
+      const auto left = plan.left(half).block(deal.row[t], 0);
+      if constexpr (kGram) add_product<true>(tiles[t], left, plan.left(half).block(deal.col[t], 0), depth);
+      else add_product<false>(tiles[t], left, plan.right(half).block(0, deal.col[t]), depth);
+    }
+  }
+}
+
+// Where a block keeps its X and A.
+template <class Store, int kParts>
+struct Workspace {
+  Matrix<Store, kParts, int64_t> X, A;
+  __host__ __device__ Workspace(void* memory, const Shape& shape, int64_t slot) {
+    const int64_t S = shape.S, size_of_X = S * shape.np;
+    Store* p = static_cast<Store*>(memory) + slot * size(shape);
+    X = {p, shape.np, size_of_X};
+    A = {p + kParts * size_of_X, shape.S, S * S};
+  }
+  __host__ __device__ static int64_t size(const Shape& shape) {
+    return int64_t(kParts) * shape.S * (int64_t(shape.np) + shape.S);
+  }
+};
+
+// Blocks take matrices in turn, so the workspace is as large as the GPU, not as the batch.
+template <class T, class Store, int kParts, bool kLarge>
+__global__ void __launch_bounds__(kStreamThreads, kLarge ? 1 : 2)
+streamed_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, void* workspace,
+                const __grid_constant__ Shape shape, const __grid_constant__ Steps steps) {
+  constexpr int kTiles = kLarge ? 3 : 1, kWarps = kStreamThreads / 32;  // 36 tiles are half of 256 x 256
+  GRADOPS_DYNAMIC_SHARED(unsigned char, memory);
+  SharedPlan cut(memory);
+  const int S = shape.S, rows = S / 32;
+  const StreamPlan<Store, kParts, kLarge> plan(cut, S);
+  const Workspace<Store, kParts> mine(workspace, shape, blockIdx.x);
+  const auto X = mine.X, A = mine.A;
+  const int64_t count = int64_t(shape.s) * shape.n;
+
+  Tile<Store> tiles[kTiles];
+  const int width = 32 * min(kStreamWidth / 32, (kLarge ? 2 : 1) * kWarps / rows);  // keeps most warps busy
+  for (int64_t item = blockIdx.x; item < shape.batch; item += gridDim.x) {
+    const T* in = in_all + item * count;
+    read_in(in, shape, shape.normalize ? scale_of(in, count, plan.scratch) : Scale(), X);
+    __syncthreads();
+    for (int step = 0; step < steps.steps; ++step) {
+      const auto lower = Deal<kTiles>::lower(rows);
+      stream<true>(tiles, lower, plan, X, X, S, shape.np, 0);
+      put_symmetric<true>(tiles, lower, A, 0.f, 0.f);
+      __syncthreads();
+      stream<true>(tiles, lower, plan, A, A, S, S, 0);
+      put_symmetric<false>(tiles, lower, A, steps.b[step], steps.c[step]);
+      __syncthreads();
+      for (int j = 0; j < shape.np; j += width) {
+        const int cols = min(width, shape.np - j);
+        const auto deal = Deal<kTiles>::all(rows, cols / 32);
+        stream<false>(tiles, deal, plan, A, X.block(0, j), S, S, cols);
+        put_update(tiles, deal, X.block(0, j), steps.a[step]);
+        __syncthreads();
+      }
+    }
+    write_out(out_all + item * count, shape, X);  // a thread reads what it will write in the next read_in: no barrier
+  }
+}
+
+// --- host ----------------------------------------------------------------------------------------
+
+Shape shape_of(int64_t batch, int64_t rows, int64_t cols, bool normalize) {
+  const bool tall = rows > cols;
+  const int64_t s = tall ? cols : rows, n = tall ? rows : cols;
+  return {batch, int(s), int(n), int(round_up(s, 32)), int(round_up(n, 32)), tall, normalize};
+}
+
+template <class Store, int kParts>
+bool is_resident(const Shape& shape) {
+  if (shape.s > kMostResident || shape.np > 8192) return false;
+  SharedPlan plan;
+  ResidentPlan<Store, kParts>(plan, shape.S, shape.np);
+  return plan.bytes() <= max_shared_bytes();
+}
+
+template <class T, class Store, int kParts>
+struct Kernels {
+  // As many as run at a time; fewer where padding (s far below 32) would make the workspace many
+  // times as large as the input.
+  static int64_t stream_blocks(const Shape& shape) {
+    const int64_t running = int64_t(multiprocessors()) * (shape.s > kMostResident ? 1 : 2);
+    const int64_t input = int64_t(shape.s) * shape.n * int64_t(sizeof(T));
+    const int64_t slot = Workspace<Store, kParts>::size(shape) * int64_t(sizeof(Store));
+    return std::min({shape.batch, running, std::max<int64_t>(1, shape.batch * input / slot * 4)});
+  }
+  static int64_t workspace_bytes(const Shape& shape) {
+    if (is_resident<Store, kParts>(shape)) return 0;
+    return stream_blocks(shape) * Workspace<Store, kParts>::size(shape) * int64_t(sizeof(Store));
+  }
+  static void run(const T* in, T* out, const Shape& shape, const Steps& steps, void* workspace, void* stream) {
+    SharedPlan plan;
+    if (is_resident<Store, kParts>(shape)) {
+      ResidentPlan<Store, kParts>(plan, shape.S, shape.np);
+      const bool few = shape.S <= 64;
+      launch(few ? resident_kernel<T, Store, kParts, 128> : resident_kernel<T, Store, kParts, 256>, blocks(shape.batch),
+             few ? 128 : 256, plan.bytes(), stream, in, out, shape, steps);
+    } else {
+      const bool large = shape.s > kMostResident;
+      if (large) StreamPlan<Store, kParts, true>(plan, shape.S);
+      else StreamPlan<Store, kParts, false>(plan, shape.S);
+      launch(large ? streamed_kernel<T, Store, kParts, true> : streamed_kernel<T, Store, kParts, false>,
+             blocks(stream_blocks(shape)), kStreamThreads, plan.bytes(), stream, in, out, workspace, shape, steps);
+    }
+  }
+};
+
+// f(T(), Kernels<...>()) for the element type and the way it is multiplied.
+template <class F>
+auto pick(Element element, NewtonSchulzProducts products, F f) {
+  using bf16 = __nv_bfloat16;
+  if (element == Element::bf16) return f(bf16(), Kernels<bf16, bf16, 1>());
+  if (element == Element::f16) return f(__half(), Kernels<__half, __half, 1>());
+  if (products == NewtonSchulzProducts::bf16) return f(float(), Kernels<float, bf16, 1>());
+  if (products == NewtonSchulzProducts::bf16x3) return f(float(), Kernels<float, bf16, 2>());
+  return f(float(), Kernels<float, float, 1>());
 }
 
 }  // namespace
 
+bool cuda::newton_schulz_fits(Element element, int64_t rows, int64_t cols) {
+  return element != Element::f64 && std::min(rows, cols) <= kMostShort && std::max(rows, cols) <= kMostLong;
+}
+
+int64_t cuda::newton_schulz_workspace_bytes(Element element, int64_t batch, int64_t rows, int64_t cols,
+                                            NewtonSchulzProducts products) {
+  if (batch == 0 || rows == 0 || cols == 0 || !newton_schulz_fits(element, rows, cols)) return 0;
+  const Shape shape = shape_of(batch, rows, cols, false);
+  return pick(element, products, [&](auto, auto kernels) { return kernels.workspace_bytes(shape); });
+}
+
 void cuda::newton_schulz(const void* in, void* out, Element element, int64_t batch, int64_t rows, int64_t cols,
-                         const NewtonSchulzSteps& steps, bool, NewtonSchulzProducts, void* stream) {
-  const bool is_bf16 = element == Element::bf16;
-  const float eps = 0;
+                         const NewtonSchulzSteps& given, bool normalize, NewtonSchulzProducts products,
+                         void* workspace, void* stream) {
   if (batch == 0 || rows == 0 || cols == 0) return;
-  const bool tall = rows > cols;
-  const int64_t s = tall ? cols : rows, n = tall ? rows : cols;
-  const int S = s > 128 ? 0 : round_up(int(s), 32);
-  if (S == 0 || n > 4096 || shared_for(S, round_up(int(n), 32)) > max_shared_bytes())
-    throw std::runtime_error("newton_schulz: the matrix is too large for one block");
-  const auto pick = [&](auto type) {
+  if (element == Element::f64) throw std::runtime_error("newton_schulz: no CUDA kernel for float64");
+  if (!newton_schulz_fits(element, rows, cols))
+    throw std::runtime_error("newton_schulz: the smaller side is " + std::to_string(std::min(rows, cols)) +
+                             ", the CUDA kernel takes at most " + std::to_string(kMostShort));
+  Steps steps;
+  for (int i = 0; i < given.steps; ++i)
+    steps.a[i] = float(given.a[i]), steps.b[i] = float(given.b[i]), steps.c[i] = float(given.c[i]);
+  steps.steps = given.steps;
+  const Shape shape = shape_of(batch, rows, cols, normalize);
+  pick(element, products, [&](auto type, auto kernels) {
     using T = decltype(type);
-    return S == 32 ? run<T, 32> : S == 64 ? run<T, 64> : S == 96 ? run<T, 96> : run<T, 128>;
-  };
-  (is_bf16 ? pick(bf16()) : pick(float()))(in, out, batch, tall, int(s), int(n), steps, eps, stream);
+    kernels.run(static_cast<const T*>(in), static_cast<T*>(out), shape, steps, workspace, stream);
+  });
 }
 
 }  // namespace gradops

@@ -58,8 +58,14 @@ void newton_schulz(const void* in, void* out, Element element, int64_t batch, in
                    const NewtonSchulzSteps& steps, bool normalize, NewtonSchulzProducts products, void* = nullptr);
 }  // namespace cpu
 namespace cuda {
-// min(rows, cols) <= 128 (see newton_schulz.cu for the exact limits); bf16, f16 or f32 input.
+// One launch for a batch of matrices with min(rows, cols) <= 256, on any GPU from sm_80 on.
+// 16-bit input is multiplied on tensor cores in its own type, whatever `products`; f32 as it says.
+bool newton_schulz_fits(Element element, int64_t rows, int64_t cols);
+// Of the current device; 16-byte aligned, contents undefined before and after. 0 if X fits in shared memory.
+int64_t newton_schulz_workspace_bytes(Element element, int64_t batch, int64_t rows, int64_t cols,
+                                      NewtonSchulzProducts products);
 void newton_schulz(const void* in, void* out, Element element, int64_t batch, int64_t rows, int64_t cols,
-                   const NewtonSchulzSteps& steps, bool normalize, NewtonSchulzProducts products, void* stream);
+                   const NewtonSchulzSteps& steps, bool normalize, NewtonSchulzProducts products, void* workspace,
+                   void* stream);
 }  // namespace cuda
 }  // namespace gradops

@@ -22,8 +22,16 @@ Tensor newton_schulz(const Tensor& x_in, std::vector<double> coefficients, bool 
   const Tensor x = torch::stable::contiguous(x_in);
   Tensor y = new_like(x);
   const int64_t rows = x.size(-2), cols = x.size(-1), batch = x.numel() == 0 ? 0 : x.numel() / (rows * cols);
-  backend::newton_schulz(x.const_data_ptr(), y.mutable_data_ptr(), element(x, "newton_schulz: x"), batch, rows, cols,
-                         steps, normalize, NewtonSchulzProducts(products), scope.stream());
+  const Element type = element(x, "newton_schulz: x");
+  const NewtonSchulzProducts how = NewtonSchulzProducts(products);
+#if GRADOPS_BACKEND_ID == 1
+  cpu::newton_schulz(x.const_data_ptr(), y.mutable_data_ptr(), type, batch, rows, cols, steps, normalize, how);
+#else
+  const Tensor workspace =
+      empty(x, {cuda::newton_schulz_workspace_bytes(type, batch, rows, cols, how)}, ScalarType::Byte);
+  cuda::newton_schulz(x.const_data_ptr(), y.mutable_data_ptr(), type, batch, rows, cols, steps, normalize, how,
+                      workspace.mutable_data_ptr(), scope.stream());
+#endif
   return y;
 }
 

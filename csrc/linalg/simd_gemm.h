@@ -146,15 +146,15 @@ inline void times_block(const Panels<T>& m, int64_t first, int64_t last, T alpha
     T* to = old.at(0, p * P);
     for (int64_t e = 0; e < old.rows * P; e += W) vec_at(to + e) = vec_at(from + e);
   }
-  for (int64_t k = 0; k < b.rows; k += kDepth<T>) {
-    const int64_t depth = k + kDepth<T> < b.rows ? kDepth<T> : b.rows - k;
-    for (int64_t p = 0; p < m.panels(); ++p)
+  for (int64_t p = 0; p < m.panels(); ++p)
+    for (int64_t k = 0; k < b.rows; k += kDepth<T>) {
+      const int64_t depth = k + kDepth<T> < b.rows ? kDepth<T> : b.rows - k;
       each_tile(old.rows, [&](int64_t r, auto rows) __attribute__((always_inline)) {
         T* to = m.at(first + r, p * P);
         tile_of<T, Left::by_rows, rows>(m.vectors() - p * kTileVectors, old.at(r, k), old.rows * P, b.at(k, p * P),
                                         depth, k ? T(1) : alpha, to, beta, to);
       });
-  }
+    }
 }
 
 }  // namespace

@@ -7,13 +7,15 @@ import math
 import torch
 from torch import Tensor
 
+from .coefficients import resolve
 from .newton_schulz import _matmul_precision, newton_schulz
 
 METHODS = ("auto", "svd", "qdwh", "zolo", "newton_schulz", "polar_express")
 
-# The eigenvectors of a Gram matrix lose half the digits of small singular values, and U^T A then misses symmetry by
-# about eps * condition number. Up to these condition numbers the loss is smaller than that of an SVD.
-_GRAM_CONDITION = {torch.float64: 30.0, torch.float32: 10.0}
+# What an iteration without pivoting may lose before an SVD takes its place: half the relative norm of the skew part of
+# U^T A, that is the backward error of A = U H (an SVD's own: 5e-15, 2e-6); and the trace of U^T U - I per column.
+_BACKWARD = {torch.float64: 3e-14, torch.float32: 3e-6}
+_TRACE = {torch.float64: 1e-14, torch.float32: 1e-6}
 
 
 def polar_factor(a: Tensor, method: str, precision: str | None) -> Tensor:
@@ -46,31 +48,59 @@ def _compute(x: Tensor, method: str, precision: str | None) -> Tensor:
         case "newton_schulz":  # converges from singular values above about 1e-4 of the norm
             return newton_schulz(x, 22, coefficients=[(1.875, -1.25, 0.375)], precision=precision)
         case "polar_express":
-            return newton_schulz(x, 10, precision=precision)
+            return newton_schulz(x, 10, coefficients=_polar_express(10), precision=precision)
     return _qdwh(x) if x.is_cuda else _auto(x)
 
 
+def _polar_express(steps: int) -> list[tuple[float, float, float]]:
+    """Converges to working precision from singular values of 1e-3 * 4.1^(8 - steps) of the Frobenius norm. The second
+    polynomial is all but the limit of the optimal ones for ever smaller singular values; it repeats."""
+    table = resolve("polar_express", 8)
+    return [table[0], *[table[1]] * (steps - 7), *table[2:]]
+
+
 def _auto(x: Tensor) -> Tensor:
-    """Elongated matrices are mostly well conditioned: there the Gram matrix serves. The others take the SVD."""
-    if 2 * x.shape[-1] > x.shape[-2]:
-        return _svd(x)
-    u, good = _gram(x)
+    """Polynomials, with as many steps as random matrices of this shape need; then an SVD of those matrices that have
+    not converged, or where U^T A came out less symmetric than it should."""
+    m, n = x.shape[-2:]
+    steps = 8
+    if m < 2 * n:
+        if n > 256:
+            return _svd(x)
+        smallest = 0.03 / n**1.5  # relative to the Frobenius norm; one square Gaussian matrix in 30 is below
+        steps += max(0, math.ceil(math.log(1e-3 / smallest, 4.1)))
+    u = newton_schulz(x, steps, coefficients=_polar_express(steps), precision="highest")
+    good = _orthonormal(u) & _symmetric(u, x)
     if not bool(good.all()):
         u[~good] = _svd(x[~good])
     return u
 
 
+def _orthonormal(u: Tensor) -> Tensor:
+    """Singular values come from below 1, so their mean square shows how near the farthest one is."""
+    n = u.shape[-1]
+    square = torch.linalg.vector_norm(u, dim=(-2, -1), dtype=torch.float64)**2
+    return (n - square).abs() <= n * _TRACE[u.dtype]
+
+
+def _symmetric(u: Tensor, x: Tensor) -> Tensor:
+    """Estimates the skew part of U^T X from its product with a few vectors, in a fraction of the time of H."""
+    n = u.shape[-1]
+    vectors = _noise(n, 4, x.device).sign().to(x.dtype)
+    skew = u.mT @ (x @ vectors) - x.mT @ (u @ vectors)
+    return torch.linalg.matrix_norm(skew) / 4 <= _BACKWARD[x.dtype] * torch.linalg.matrix_norm(x)
+
+
+def _noise(m: int, n: int, device: torch.device) -> Tensor:
+    """Numbers in (-1, 1) without structure, in float64, the same on every call."""
+    rows = torch.arange(1, m + 1, dtype=torch.float64, device=device)[:, None]
+    columns = torch.arange(1, n + 1, dtype=torch.float64, device=device)
+    return torch.frac(1e4 * torch.sin(12.9898 * rows + 78.233 * columns))
+
+
 def _svd(x: Tensor) -> Tensor:
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     return u @ vh
-
-
-def _gram(x: Tensor) -> tuple[Tensor, Tensor]:
-    """X (X^T X)^(-1/2), and for which items the condition number allows it."""
-    values, q = torch.linalg.eigh(x.mT @ x)
-    good = values[:, 0] * _GRAM_CONDITION[x.dtype]**2 > values[:, -1]
-    values = torch.where(good[:, None], values, 1)
-    return _polish(x @ ((q * values.rsqrt()[:, None, :]) @ q.mT)), good
 
 
 def _polish(x: Tensor) -> Tensor:
@@ -90,9 +120,7 @@ def _full_rank(x: Tensor) -> tuple[Tensor, float]:
     eps = torch.finfo(x.dtype).eps
     y = x.double()
     norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
-    rows = torch.arange(1, m + 1, dtype=torch.float64, device=x.device)[:, None]
-    columns = torch.arange(1, n + 1, dtype=torch.float64, device=x.device)
-    noise = torch.frac(1e4 * torch.sin(12.9898 * rows + 78.233 * columns)) / (math.sqrt(m) + math.sqrt(n))
+    noise = _noise(m, n, x.device) / (math.sqrt(m) + math.sqrt(n))
     y = y / norm + eps * noise
     gram = y.mT @ y
     bound = torch.minimum(torch.linalg.matrix_norm(gram, keepdim=True), gram.abs().sum(-1, keepdim=True).amax(
@@ -107,7 +135,7 @@ def _qdwh(x: Tensor) -> Tensor:
     float32 data) that stays below the result's accuracy, at the price of some more, much cheaper, steps.
     """
     y, low = _full_rank(x)
-    limit = 1e4 if x.dtype == torch.float64 else 1e13
+    limit = 1e3 if x.dtype == torch.float64 else 1e13
     for a, b, c in _halley_weights(low, limit):
         gram = y.mT @ y
         gram.mul_(c).diagonal(dim1=-2, dim2=-1).add_(1)

@@ -1,0 +1,101 @@
+"""Inverse square root of positive definite matrices, differentiable to second order."""
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .._checks import check_matrix
+from .._op import _library, needs_derivative, primals, register
+from .newton_schulz import _matmul_precision
+from .sylvester import Sylvester, positive_eigen
+
+_library.define("inv_sqrt(Tensor A, float eps) -> Tensor")
+
+
+@torch.library.impl(_library, "inv_sqrt", "CompositeExplicitAutograd")
+def _inv_sqrt(a: Tensor, eps: float) -> Tensor:
+    if a.numel() == 0:
+        return torch.empty_like(a)
+    finite = torch.isfinite(a).all(-1).all(-1)[..., None, None]
+    values, q = torch.linalg.eigh(torch.where(finite, a, 0))
+    values = values + eps
+    positive = finite & (values[..., :1] > 0)[..., None]
+    with _matmul_precision("highest"):
+        s = (q * values.rsqrt()[..., None, :]) @ q.mT
+    return torch.where(positive, s, torch.nan)
+
+
+_op = register("inv_sqrt", fake=lambda a, eps: torch.empty_like(a, memory_format=torch.contiguous_format))
+
+
+@torch.compiler.allow_in_graph
+def inv_sqrt(A: Tensor, *, eps: float = 0.0) -> Tensor:
+    r"""Inverse square root of each symmetric positive definite matrix.
+
+    .. math:: S = (A + \epsilon I)^{-1/2}, \qquad S (A + \epsilon I) S = I
+
+    Only the lower triangle of ``A`` is read, as by ``torch.linalg.eigh``. A matrix with an eigenvalue of
+    ``A + eps I`` that is not positive has no such root: its result is NaN, and so is that of a matrix with a NaN or
+    infinity; others in the batch are not affected.
+
+    Args:
+        A: ``(..., n, n)``, symmetric; float64, float32, bfloat16 or float16 (the last two compute in float32).
+        eps: added to the diagonal, in the units of ``A``.
+
+    Returns:
+        ``(..., n, n)``, of the dtype of ``A``.
+
+    Raises:
+        TypeError: ``A`` is no dense real floating-point tensor.
+        ValueError: ``A`` is not square, or ``eps`` is negative.
+
+    :math:`O(n^3)`, by the eigenvectors. The derivative solves :math:`S X + X S = -S^2\, dA\, S^2`, also where
+    eigenvalues coincide, to any order; ``dA`` counts as symmetric. Source: Higham, Functions of Matrices, chapter 6.
+
+    Example:
+        >>> import torch
+        >>> from gradops.linalg import inv_sqrt
+        >>> inv_sqrt(torch.diag(torch.tensor([4.0, 16.0])))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.2500]])
+    """
+    check_matrix(A, "A")
+    if A.shape[-1] != A.shape[-2]:
+        raise ValueError(f"A must be square (..., n, n), got shape {tuple(A.shape)}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    a = A.float() if A.dtype in (torch.bfloat16, torch.float16) else A
+    return (_InvSqrt.apply(a, float(eps)) if needs_derivative(a) else _op(a, float(eps))).to(A.dtype)
+
+
+class _InvSqrt(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, eps: float) -> Tensor:
+        return _op(a, eps)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs, output) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor):
+        s, eigen = _eigen(*ctx.saved_tensors)
+        x = Sylvester.apply(s, _symmetric(grad.double()), *eigen)
+        return (-s @ s @ x @ s @ s).to(grad.dtype), None
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, tangent: Tensor, *_):
+        s, eigen = _eigen(*primals(ctx.saved_tensors))
+        return Sylvester.apply(s, -s @ s @ _symmetric(tangent.double()) @ s @ s, *eigen).to(tangent.dtype)
+
+
+def _eigen(s: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """In float64, which no setting of torch's precision of products reaches."""
+    s = _symmetric(s.double())
+    return s, positive_eigen(s.detach(), 0.0, "the inverse square root of A has no derivative: A is not positive definite")
+
+
+def _symmetric(x: Tensor) -> Tensor:
+    return (x + x.mT) / 2
