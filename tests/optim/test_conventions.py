@@ -287,6 +287,7 @@ def test_compiled_model_trains():
         (PolarGrad, (4, 4), {"method": "magic"}, ValueError, "method must be"),
         (HybridPolarGradM, (4, 4), {"order": "x"}, ValueError, "order must be"),
         (HybridPolarGradM, (4, 4), {"side": "top"}, ValueError, "side must be"),
+        (HybridPolarGradM, (4, 4), {"eps": 0.0}, ValueError, "eps must be > 0"),
         (RowNormM, (4, 4), {"eps": -1.0}, ValueError, "eps must be >= 0"),
         (AdamW, (4, 4), {"betas": (1.0, 0.9)}, ValueError, "betas must be"),
         (SymmetryOptimizer, (4, 4), {"update": "magic"}, ValueError, "update must be one of"),

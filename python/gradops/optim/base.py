@@ -259,6 +259,11 @@ def _local(x: Tensor) -> Tensor:
     return x if _placements(x) is None else x.to_local()  # type: ignore[attr-defined]
 
 
+def check_positive_eps(group: dict[str, Any]) -> None:
+    if not group["eps"] > 0:
+        raise ValueError(f"eps must be > 0 for a regularised polar factor, got {group['eps']!r}")
+
+
 def _name(group: dict[str, Any], i: int) -> str:
     names = group.get("param_names")
     return f"parameter {names[i]!r}" if names else f"parameter {i} of its group"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import linalg
-from .base import MatrixOptimizer
+from .base import MatrixOptimizer, check_positive_eps
 
 
 class HybridPolarGradM(MatrixOptimizer):
@@ -22,8 +22,8 @@ class HybridPolarGradM(MatrixOptimizer):
         \text{polar\_then\_row:}\quad u &= M (M^\top M + \epsilon I)^{-1/2}, \quad
             \Delta = \mathrm{rownorm}(\max(\langle M, u\rangle, \epsilon)^\alpha\, u)
 
-    (in the second the scale cancels, up to eps). `side="left"` inverts the other Gram matrix; `center` removes the
-    mean row before and after each of the two.
+    (in the second the scale cancels, up to eps). `side="left"` names :math:`(W W^\top + \epsilon I)^{-1/2} W`, which is
+    the same matrix; `center` removes the mean row before and after each of the two.
 
     Args:
         params: parameters or groups, of two or more dimensions.
@@ -80,6 +80,7 @@ class HybridPolarGradM(MatrixOptimizer):
             raise ValueError(f"order must be 'row_then_polar' or 'polar_then_row', got {group['order']!r}")
         if group["side"] not in ("right", "left"):
             raise ValueError(f"side must be 'right' or 'left', got {group['side']!r}")
+        check_positive_eps(group)
 
     @classmethod
     def _kernel(cls, batch: Tensor, group: dict[str, Any], param_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

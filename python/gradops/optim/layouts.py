@@ -66,7 +66,9 @@ def to_matrices(x: Tensor, layout: str, heads: int | None = None) -> Tensor:
 
 def from_matrices(x: Tensor, layout: str, shape: Size) -> Tensor:
     """Inverse of `to_matrices`: back to the parameter's shape."""
-    if layout in ("matrix", "flat", "heads"):
+    if layout == "matrix":
+        return x
+    if layout in ("flat", "heads"):
         return x.reshape(shape)
     if layout == "transposed":
         return x.mT

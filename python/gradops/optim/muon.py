@@ -37,7 +37,8 @@ class Muon(MatrixOptimizer):
         nesterov: Nesterov momentum (default True).
         ns_coefficients: `coefficients` of `gradops.linalg.newton_schulz`: a name ("polar_express", "simple",
             "quintic", ...), one triple (a, b, c), or one triple per step.
-        eps: lower bound of the norm that an iterate is divided by.
+        eps: relative safety margin of the norm that the momentum is divided by; the step does not depend on the
+            gradient's scale.
         ns_steps: number of Newton-Schulz steps (default 5).
         adjust_lr_fn: "original" or None: :math:`\sqrt{\max(1, m/n)}` (Keller Jordan); "match_rms_adamw":
             :math:`0.2\sqrt{\max(m, n)}` (Liu et al., arXiv 2502.16982, section 2.2).

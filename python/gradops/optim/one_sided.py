@@ -9,11 +9,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import linalg
-from .base import MatrixOptimizer
+from .base import MatrixOptimizer, check_positive_eps
 
 
 class _OneSidedPolarGradM(MatrixOptimizer):
     _side = "right"
+
+    @classmethod
+    def _check(cls, group: dict[str, Any]) -> None:
+        check_positive_eps(group)
 
     @classmethod
     def _kernel(cls, batch: Tensor, group: dict[str, Any], param_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -80,8 +84,8 @@ class RightPolarGradM(_OneSidedPolarGradM):
 class LeftPolarGradM(_OneSidedPolarGradM):
     r"""Left-spectral update, :math:`u = (M M^\top + \epsilon I)^{-1/2} M`; the paper's choice for MoE routers.
 
-    Everything else is as in `RightPolarGradM`, but `center` is on by default: a router's logits may be shifted
-    together.
+    It is the same matrix as the right-spectral u: the two are named after the symmetry they respect. Everything is as
+    in `RightPolarGradM`, but `center` is on by default, because a router's logits may be shifted together.
 
     Example:
         >>> import torch
