@@ -196,11 +196,16 @@ def cpu_name() -> str:
 
 
 def run(cases: Iterator[Case], floor: Floor) -> Iterator[dict[str, Any]]:
-    """Measures case by case; a generator of cases keeps only one case's tensors alive."""
+    """Measures case by case; a generator of cases keeps only one case's tensors alive. A case that raises is a result
+    with "failed" instead of figures."""
     threads = torch.get_num_threads()
     torch.set_num_threads(floor.settings.threads)
     try:
         for case in cases:
-            yield measure(case, floor)
+            try:
+                result = measure(case, floor)
+            except Exception as error:  # one broken case must not cost the figures of the others
+                result = {"name": case.name, "failed": f"{type(error).__name__}: {error}"}
+            yield result
     finally:
         torch.set_num_threads(threads)

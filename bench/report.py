@@ -49,11 +49,15 @@ def show(machine: dict[str, Any], results: list[Result]) -> None:
     console = Console()
     if not console.is_terminal:  # a log file has no width
         console = Console(width=160)
+    failed = [r for r in results if "failed" in r]
+    results = [r for r in results if "failed" not in r]
     console.print(table(results))
     console.print(legend(machine), style="dim", highlight=False)
     lost = sum(r["lost"] for r in results)
     if lost:
         console.print(f"{lost} of {len(results)} cases are slower than plain torch.", style="red")
+    for r in failed:
+        console.print(f"{r['name']} failed: {r['failed']}", style="red", highlight=False, markup=False)
 
 
 def write_json(path: Path, machine: dict[str, Any], results: list[Result]) -> None:
@@ -68,7 +72,7 @@ def write_plot(path: Path, machine: dict[str, Any], results: list[Result]) -> No
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [r for r in results if "torch" in r["ratios"]][::-1]
+    shown = [r for r in results if "torch" in r.get("ratios", ())][::-1]
     fig, ax = plt.subplots(figsize=(9, 1.2 + 0.24 * len(shown)), layout="constrained")
     ratios = [r["ratios"]["torch"] for r in shown]
     bars = ax.barh([r["name"] for r in shown], ratios, color=["tab:red" if r["lost"] else "tab:blue" for r in shown])

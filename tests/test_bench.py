@@ -79,6 +79,17 @@ def test_threads_are_restored():
     assert torch.get_num_threads() == before
 
 
+def test_a_case_that_raises_does_not_stop_the_others(capsys):
+    def broken():
+        raise RuntimeError("out of order")
+
+    quick = harness.Floor(harness.Settings(quick=True))
+    results = list(harness.run(iter([harness.Case("bad", "1", torch.float32, ours=broken), case()]), quick))
+    assert results[0]["failed"] == "RuntimeError: out of order" and "failed" not in results[1]
+    report.show(harness.machine(quick.settings), results)
+    assert "bad 1 float32 failed: RuntimeError: out of order" in capsys.readouterr().out
+
+
 def test_json_and_plot(floor, tmp_path):
     result = harness.measure(case(error=lambda y: 0.0), floor)
     machine = harness.machine(floor.settings)

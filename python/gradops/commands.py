@@ -88,3 +88,5 @@ def bench(
     report.show(machine, results)
     if plot_file:
         report.write_plot(plot_file, machine, results)
+    if any("failed" in result for result in results):
+        raise SystemExit(1)
