@@ -57,8 +57,8 @@ class PolarGrad(MatrixOptimizer):
         >>> import torch
         >>> from gradops.optim import PolarGrad
         >>> x = torch.nn.Parameter(torch.randn(6, 4))
-        >>> opt = PolarGrad([x], lr=0.5, momentum=0.0)
-        >>> for _ in range(50):
+        >>> opt = PolarGrad([x], lr=0.2, momentum=0.0)
+        >>> for _ in range(100):
         ...     loss = 0.5 * x.square().sum()
         ...     opt.zero_grad()
         ...     loss.backward()
