@@ -42,7 +42,7 @@ struct Workspace {
   char* b_at(long i, long j) const { return b + (i * S + j) * kBlock; }
 
   // Panels per group: a row of left blocks is read once per group. One while everything fits in L2.
-  long group() const { return kBlock * (S * L + 3 * S * S) > (2 << 20) ? 4 : 1; }
+  long group() const { return kBlock * (S * L + 3 * S * S) > (2 << 20) ? kPanelsBeyondL2 : 1; }
 };
 
 // Memory of the running thread.
