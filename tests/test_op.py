@@ -24,6 +24,7 @@ def spd(x):
 CALLS = KERNELS | {
     "polar": (lambda x: (x, "right", "auto", True, "highest"), lambda x: linalg.polar(x)[0]),
     "inv_sqrt": (lambda x: (spd(x), 0.0), lambda x: linalg.inv_sqrt(spd(x))),
+    "one_sided_factor": (lambda x: (x.mT, 1e-8), lambda x: linalg.one_sided_polar(x.mT)),
 }
 every_op = pytest.mark.parametrize("name", CALLS)
 

@@ -1,11 +1,14 @@
 """Inverse square root of positive definite matrices, differentiable to second order."""
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .._checks import check_matrix
 from .._op import _library, needs_derivative, primals, register
-from .newton_schulz import _matmul_precision
+from .newton_schulz import _matmul_precision, polynomials
+from .polar_methods import _orthonormal, converging_steps
 from .sylvester import Sylvester, positive_eigen
 
 _library.define("inv_sqrt(Tensor A, float eps) -> Tensor")
@@ -15,13 +18,41 @@ _library.define("inv_sqrt(Tensor A, float eps) -> Tensor")
 def _inv_sqrt(a: Tensor, eps: float) -> Tensor:
     if a.numel() == 0:
         return torch.empty_like(a)
-    finite = torch.isfinite(a).all(-1).all(-1)[..., None, None]
+    # eigh may fail for the whole batch where one matrix is not finite.
+    finite = torch.isfinite(torch.linalg.vector_norm(a, math.inf, (-2, -1), keepdim=True))
+    with _matmul_precision("highest"):
+        if a.is_cuda:  # nothing here may wait for the device
+            return _by_eigenvectors(torch.where(finite, a, torch.nan), finite, eps)
+        if not bool(finite.all()):
+            a = torch.where(finite, a, torch.nan)
+        flat = a.reshape(-1, *a.shape[-2:])
+        s, good = _by_products(flat, eps)
+        if not bool(good.all()):
+            s[~good] = _by_eigenvectors(flat[~good], finite.reshape(-1, 1, 1)[~good], eps)
+        return s.reshape(a.shape)
+
+
+def _by_eigenvectors(a: Tensor, finite: Tensor, eps: float) -> Tensor:
     values, q = torch.linalg.eigh(torch.where(finite, a, 0))
     values = values + eps
-    positive = finite & (values[..., :1] > 0)[..., None]
-    with _matmul_precision("highest"):
-        s = (q * values.rsqrt()[..., None, :]) @ q.mT
-    return torch.where(positive, s, torch.nan)
+    positive = finite[..., 0] & (values[..., :1] > 0)
+    values = torch.where(positive, values, torch.nan)  # a NaN eigenvalue is one in every entry
+    return (q * values.rsqrt()[..., None, :]) @ q.mT
+
+
+def _by_products(a: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """A = R^T R and R = U H give A^(-1/2) = R^(-1) U, with U by polynomials. Several times faster than eigenvectors,
+    for matrices of which the second result is true: positive definite, condition number below about 1e6 / n."""
+    a = a.tril()
+    diagonal = a.diagonal(dim1=-2, dim2=-1).add_(eps)
+    lower, info = torch.linalg.cholesky_ex(a)
+    # ||A||_F^(1/2) bounds R's largest singular value far better than ||R||_F, which spares some of the steps.
+    bound = (2 * torch.linalg.matrix_norm(a)**2 - torch.linalg.vector_norm(diagonal, dim=-1)**2).sqrt().sqrt()[..., None, None]
+    lower /= bound
+    smallest = lower.diagonal(dim1=-2, dim2=-1).amin(-1).nan_to_num(0.0).amin().item() / 3  # a guess: u is tested
+    u = polynomials(lower.mT, converging_steps(smallest))
+    s = torch.linalg.solve_triangular(lower, u.mT, upper=False, left=False) / bound
+    return (s + s.mT).mul_(0.5).contiguous(), (info == 0) & _orthonormal(u)
 
 
 _op = register("inv_sqrt", fake=lambda a, eps: torch.empty_like(a, memory_format=torch.contiguous_format))
@@ -48,7 +79,8 @@ def inv_sqrt(A: Tensor, *, eps: float = 0.0) -> Tensor:
         TypeError: ``A`` is no dense real floating-point tensor.
         ValueError: ``A`` is not square, or ``eps`` is negative.
 
-    :math:`O(n^3)`, by the eigenvectors. The derivative solves :math:`S X + X S = -S^2\, dA\, S^2`, also where
+    :math:`O(n^3)`; by matrix products on CPU, for matrices whose condition number is below about :math:`10^6 / n`, and by the
+    eigenvectors for others and on CUDA. The derivative solves :math:`S X + X S = -S^2\, dA\, S^2`, also where
     eigenvalues coincide, to any order; ``dA`` counts as symmetric. Source: Higham, Functions of Matrices, chapter 6.
 
     Example:

@@ -84,6 +84,13 @@ def newton_schulz(x: Tensor, steps: int = 5, *, coefficients: str | Sequence[Seq
     return _with_products(x, table, precision, aol, _standard_steps)
 
 
+def polynomials(x: Tensor, table: Coefficients) -> Tensor:
+    """The steps alone, in x's precision, for x in float32 or float64 with singular values of at most 1."""
+    if (products := _kernel_products(x, "highest")) is not None:
+        return _op(x, [k for abc in table for k in abc], False, products)
+    return _standard_steps(x.flatten(0, -3), table).reshape(x.shape)
+
+
 def _kernel_products(x: Tensor, precision: str) -> int | None:
     """How the kernel should multiply, or None where there is no kernel for x."""
     if x.device.type == "cpu":

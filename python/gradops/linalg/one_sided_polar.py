@@ -3,7 +3,42 @@ import torch
 from torch import Tensor
 
 from .._checks import check_matrix
+from .._op import _library, needs_derivative, register
+from .inv_sqrt import inv_sqrt
+from .newton_schulz import _matmul_precision
+from .nuclear_scale import nuclear_scale
 from .polar import check_choice, polar
+
+
+_library.define("one_sided_factor(Tensor m, float eps) -> Tensor")
+
+
+@torch.library.impl(_library, "one_sided_factor", "CompositeExplicitAutograd")
+def _factor(m: Tensor, eps: float) -> Tensor:
+    """u of tall or square M."""
+    if m.is_cuda or m.shape[-2] < 2 * m.shape[-1]:
+        return _stacked(m, eps).contiguous()
+    # The Gram matrix costs digits in proportion to its condition number, of which this is a bound.
+    with _matmul_precision("highest"):
+        flat = m.reshape(-1, *m.shape[-2:])
+        gram = flat.mT @ flat
+        s = inv_sqrt(gram, eps=eps)
+        bound = torch.linalg.matrix_norm(gram) * torch.linalg.matrix_norm(s)**2
+        good = bound <= 30 * m.shape[-1]**1.5
+        u = flat @ s
+        if not bool(good.all()):
+            u[~good] = _stacked(flat[~good], eps)
+    return u.reshape(m.shape)
+
+
+_op = register("one_sided_factor", fake=lambda m, eps: torch.empty_like(m, memory_format=torch.contiguous_format))
+
+
+def _stacked(m: Tensor, eps: float) -> Tensor:
+    """The upper part of the polar factor of M on top of sqrt(eps) I."""
+    ridge = eps**0.5 * torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+    stacked = torch.cat([m, ridge.expand(*m.shape[:-2], -1, -1)], -2)
+    return polar(stacked, compute_h=False)[0][..., :m.shape[-2], :]
 
 
 @torch.compiler.allow_in_graph
@@ -14,8 +49,8 @@ def one_sided_polar(x: Tensor, *, side: str = "right", alpha: float = 1.0, cente
     .. math:: u = M (M^\top M + \epsilon I)^{-1/2} \text{ (right)}, \quad u = (M M^\top + \epsilon I)^{-1/2} M
               \text{ (left)}, \qquad y = \max(\langle M, u \rangle, \epsilon)^\alpha\, u
 
-    Both sides name the same ``u``; it is computed on the short one, without the Gram matrix: it is the upper part of
-    the polar factor of ``M`` stacked on :math:`\sqrt\epsilon I`, accurate however ill-conditioned ``M`` is.
+    Both sides name the same ``u``; it is computed on the short one. Where the Gram matrix would cost digits, ``u`` is
+    the upper part of the polar factor of ``M`` stacked on :math:`\sqrt\epsilon I`, accurate for any ``M``.
     With ``center=True`` the mean over the rows is subtracted from ``x`` before and from the result after.
 
     Args:
@@ -53,9 +88,7 @@ def one_sided_polar(x: Tensor, *, side: str = "right", alpha: float = 1.0, cente
         m = m - m.mean(-2, keepdim=True)
     wide = m.shape[-2] < m.shape[-1]
     tall = m.mT if wide else m
-    ridge = eps**0.5 * torch.eye(tall.shape[-1], dtype=m.dtype, device=m.device)
-    stacked = torch.cat([tall, ridge.expand(*tall.shape[:-2], -1, -1)], -2)
-    u = polar(stacked, compute_h=False)[0][..., :tall.shape[-2], :]
-    y = (tall.double() * u).sum((-2, -1), keepdim=True).clamp_min(eps).pow(alpha).to(m.dtype) * u
+    u = _stacked(tall, eps) if needs_derivative(m) else _op(tall, eps)
+    y = nuclear_scale(tall, u)[..., None, None].clamp_min(eps).pow(alpha) * u
     y = y.mT if wide else y
     return (y - y.mean(-2, keepdim=True) if center else y).to(x.dtype).contiguous()

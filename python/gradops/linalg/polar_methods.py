@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .coefficients import resolve
+from .coefficients import Coefficients, resolve
 from .newton_schulz import _matmul_precision, newton_schulz
 
 METHODS = ("auto", "svd", "qdwh", "zolo", "newton_schulz", "polar_express")
@@ -58,6 +58,18 @@ def _polar_express(steps: int) -> list[tuple[float, float, float]]:
     polynomial is all but the limit of the optimal ones for ever smaller singular values; it repeats."""
     table = resolve("polar_express", 8)
     return [table[0], *[table[1]] * (steps - 7), *table[2:]]
+
+
+def converging_steps(smallest: float) -> Coefficients:
+    """Steps that take singular values from [smallest, 1] to 1, where smallest is not below 1e-3. The interval that
+    the k-th polynomial is made for begins at the product of the first k slopes times 1e-3."""
+    table = resolve("polar_express", 8)
+    reached = 1e-3
+    for k, (a, _, _) in enumerate(table[:-4]):
+        if smallest < reached * a:
+            return table[k:]
+        reached *= a
+    return table[4:]
 
 
 def _auto(x: Tensor) -> Tensor:
