@@ -2,9 +2,10 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from gradops import linalg
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz  # the loop that torch.optim.Muon runs
+
+from gradops import linalg
 
 from .harness import Case, Settings, relative_error
 

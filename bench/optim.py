@@ -2,8 +2,9 @@
 from collections.abc import Iterator
 
 import torch
-from gradops import optim
 from torch import Tensor, nn
+
+from gradops import optim
 
 from .harness import Case, Settings
 from .linalg import torch_polar

@@ -15,13 +15,14 @@ from pydoc_data import topics
 
 import matplotlib
 import torch
-from gradops import optim
 from gradops.bench import harness, linalg, report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gradops import optim
 
 CONTEXT, BATCH, WIDTH, LAYERS, HEADS = 96, 12, 128, 5, 4
 

@@ -15,8 +15,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from gradops.optim import PolarGrad
 from torch import Tensor
+
+from gradops.optim import PolarGrad
 
 CHECKPOINTS = (0, 50, 100, 200)
 

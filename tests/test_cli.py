@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("click", reason="needs gradops[bench]")
 
 from click.testing import CliRunner
+
 from gradops.commands import gradops
 
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from gradops import linalg
 
 arrays = pytest.importorskip("gradops.numpy")

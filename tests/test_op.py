@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from gradops import linalg
 
 COEFFICIENTS = [2.0, -1.5, 0.5] * 3

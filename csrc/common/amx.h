@@ -39,7 +39,7 @@ GRADOPS_TILE void tile_zero() {
 }
 template <int T>
 GRADOPS_TILE void tile_load(const char* rows) {  // contiguous: 1024 bytes
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(64L), "i"(T), "m"(*(const char(*)[1024])rows));
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(64L), "i"(T), "m"(*(const char (*)[1024])rows));
 }
 template <int C, int A, int B>
 GRADOPS_TILE void tile_dp_bf16() {

@@ -15,8 +15,10 @@ __device__ inline void copy_async(void* shared, const void* global GRADOPS_SITE)
   std::memset(shared, 0xff, 16);
   emu::remember_copy(shared, global, site);
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-               :: "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global) : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+      "l"(global)
+      : "memory");
 #endif
 }
 

@@ -6,27 +6,43 @@
 namespace gradops {
 
 template <class T>
-__device__ inline double to_double(T x) { return double(x); }
+__device__ inline double to_double(T x) {
+  return double(x);
+}
 template <>
-__device__ inline double to_double(__nv_bfloat16 x) { return double(__bfloat162float(x)); }
+__device__ inline double to_double(__nv_bfloat16 x) {
+  return double(__bfloat162float(x));
+}
 template <>
-__device__ inline double to_double(__half x) { return double(__half2float(x)); }
+__device__ inline double to_double(__half x) {
+  return double(__half2float(x));
+}
 
 template <class T>
-__device__ inline T from_double(double x) { return T(x); }
+__device__ inline T from_double(double x) {
+  return T(x);
+}
 template <>
-__device__ inline __nv_bfloat16 from_double<__nv_bfloat16>(double x) { return __float2bfloat16_rn(float(x)); }
+__device__ inline __nv_bfloat16 from_double<__nv_bfloat16>(double x) {
+  return __float2bfloat16_rn(float(x));
+}
 template <>
-__device__ inline __half from_double<__half>(double x) { return __float2half_rn(float(x)); }
+__device__ inline __half from_double<__half>(double x) {
+  return __float2half_rn(float(x));
+}
 
 // Calls f(T()) on the host with the CUDA type of e.
 template <class F>
 void with_device_type(Element e, const F& f) {
   switch (e) {
-    case Element::bf16: return f(__nv_bfloat16());
-    case Element::f16: return f(__half());
-    case Element::f32: return f(0.f);
-    case Element::f64: return f(0.);
+    case Element::bf16:
+      return f(__nv_bfloat16());
+    case Element::f16:
+      return f(__half());
+    case Element::f32:
+      return f(0.f);
+    case Element::f64:
+      return f(0.);
   }
 }
 

@@ -66,7 +66,8 @@ Isa choose() {
   if (const char* want = std::getenv("GRADOPS_ISA")) {
     for (Isa isa : {Isa::v2, Isa::v3, Isa::v4, Isa::v4_bf16, Isa::amx, Isa::amx_twin})
       if (std::string(want) == isa_name(isa)) {
-        if (!have(isa)) throw std::runtime_error(std::string("GRADOPS_ISA=") + want + ": not available on this machine");
+        if (!have(isa))
+          throw std::runtime_error(std::string("GRADOPS_ISA=") + want + ": not available on this machine");
         return isa;
       }
     throw std::runtime_error(std::string("GRADOPS_ISA=") + want + ": expected v2, v3, v4, v4_bf16 or amx");
@@ -86,12 +87,18 @@ bool isa_runs(Isa isa) { return have(isa); }
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::v2: return "v2";
-    case Isa::v3: return "v3";
-    case Isa::v4: return "v4";
-    case Isa::v4_bf16: return "v4_bf16";
-    case Isa::amx: return "amx";
-    case Isa::amx_twin: return "amx_twin";
+    case Isa::v2:
+      return "v2";
+    case Isa::v3:
+      return "v3";
+    case Isa::v4:
+      return "v4";
+    case Isa::v4_bf16:
+      return "v4_bf16";
+    case Isa::amx:
+      return "amx";
+    case Isa::amx_twin:
+      return "amx_twin";
   }
   return "?";
 }

@@ -19,31 +19,44 @@ bool isa_runs(Isa isa);  // built in, and the machine has it
 }  // namespace gradops
 
 #if defined(GRADOPS_MULTI_ISA)
-#define GRADOPS_DECLARE(result, name, ...)        \
-  namespace v2 { result name(__VA_ARGS__); }      \
-  namespace v3 { result name(__VA_ARGS__); }      \
-  namespace v4 { result name(__VA_ARGS__); }
-#define GRADOPS_DISPATCH(name)                                            \
-  (gradops::best_isa() >= gradops::Isa::v4   ? &gradops::v4::name         \
-   : gradops::best_isa() == gradops::Isa::v3 ? &gradops::v3::name         \
+#define GRADOPS_DECLARE(result, name, ...) \
+  namespace v2 {                           \
+  result name(__VA_ARGS__);                \
+  }                                        \
+  namespace v3 {                           \
+  result name(__VA_ARGS__);                \
+  }                                        \
+  namespace v4 {                           \
+  result name(__VA_ARGS__);                \
+  }
+#define GRADOPS_DISPATCH(name)                                    \
+  (gradops::best_isa() >= gradops::Isa::v4   ? &gradops::v4::name \
+   : gradops::best_isa() == gradops::Isa::v3 ? &gradops::v3::name \
                                              : &gradops::v2::name)
-#define GRADOPS_DECLARE_BF16(result, name, ...)        \
-  namespace v4_bf16 { result name(__VA_ARGS__); }      \
-  namespace amx { result name(__VA_ARGS__); }          \
-  namespace amx_twin { result name(__VA_ARGS__); }
+#define GRADOPS_DECLARE_BF16(result, name, ...) \
+  namespace v4_bf16 {                           \
+  result name(__VA_ARGS__);                     \
+  }                                             \
+  namespace amx {                               \
+  result name(__VA_ARGS__);                     \
+  }                                             \
+  namespace amx_twin {                          \
+  result name(__VA_ARGS__);                     \
+  }
 #if defined(GRADOPS_AMX_TWIN)
-#define GRADOPS_PICK_TWIN(name) gradops::best_isa() == gradops::Isa::amx_twin ? &gradops::amx_twin::name :
+#define GRADOPS_PICK_TWIN(name) gradops::best_isa() == gradops::Isa::amx_twin ? &gradops::amx_twin::name:
 #else
 #define GRADOPS_PICK_TWIN(name)
 #endif
-#define GRADOPS_DISPATCH_BF16(name) /* null below v4_bf16 */         \
-  (GRADOPS_PICK_TWIN(name)                                           \
-   gradops::best_isa() == gradops::Isa::amx       ? &gradops::amx::name     \
-   : gradops::best_isa() == gradops::Isa::v4_bf16 ? &gradops::v4_bf16::name \
-                                                  : nullptr)
+#define GRADOPS_DISPATCH_BF16(name) /* null below v4_bf16 */                                  \
+  (GRADOPS_PICK_TWIN(name) gradops::best_isa() == gradops::Isa::amx ? &gradops::amx::name     \
+   : gradops::best_isa() == gradops::Isa::v4_bf16                   ? &gradops::v4_bf16::name \
+                                                                    : nullptr)
 #else
 #define GRADOPS_DECLARE(result, name, ...) \
-  namespace v2 { result name(__VA_ARGS__); }
+  namespace v2 {                           \
+  result name(__VA_ARGS__);                \
+  }
 #define GRADOPS_DISPATCH(name) (&gradops::v2::name)
 #define GRADOPS_DECLARE_BF16(result, name, ...)
 #define GRADOPS_DISPATCH_BF16(name) nullptr

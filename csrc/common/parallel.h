@@ -22,9 +22,9 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* c
 // is smaller. An exception thrown by f in any thread reaches the caller.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
-  run_parallel(begin, end, grain,
-               [](int64_t b, int64_t e, void* ctx) { (*static_cast<const F*>(ctx))(b, e); },
-               const_cast<F*>(&f));
+  run_parallel(
+      begin, end, grain, [](int64_t b, int64_t e, void* ctx) { (*static_cast<const F*>(ctx))(b, e); },
+      const_cast<F*>(&f));
 }
 
 }  // namespace gradops

@@ -20,8 +20,7 @@ inline void thread_pool(int64_t begin, int64_t end, int64_t grain, RangeFn fn, v
   const int64_t most = (end - begin + grain - 1) / grain;
   const int64_t n = std::min<int64_t>(host_threads(), most), chunk = (end - begin + n - 1) / n;
   std::vector<std::thread> team;
-  for (int64_t i = 1; i < n; ++i)
-    team.emplace_back(fn, begin + i * chunk, std::min(end, begin + (i + 1) * chunk), ctx);
+  for (int64_t i = 1; i < n; ++i) team.emplace_back(fn, begin + i * chunk, std::min(end, begin + (i + 1) * chunk), ctx);
   fn(begin, std::min(end, begin + chunk), ctx);
   for (std::thread& t : team) t.join();
 }

@@ -13,11 +13,15 @@ __device__ inline float2 widen(__nv_bfloat162 v) { return __bfloat1622float2(v);
 __device__ inline float2 widen(__half2 v) { return __half22float2(v); }
 template <class T>
 __device__ inline auto narrow(float2 v) {
-  if constexpr (std::is_same_v<T, float>) return v;
-  else if constexpr (std::is_same_v<T, __half>) return __float22half2_rn(v);
-  else return __float22bfloat162_rn(v);
+  if constexpr (std::is_same_v<T, float>)
+    return v;
+  else if constexpr (std::is_same_v<T, __half>)
+    return __float22half2_rn(v);
+  else
+    return __float22bfloat162_rn(v);
 }
-template <class T> using Pair = decltype(narrow<T>(float2()));
+template <class T>
+using Pair = decltype(narrow<T>(float2()));
 
 // Row-major, in shared or global memory: the sum of kParts matrices of T, `part` elements apart.
 // Each part holds what the parts before it rounded away. Index: int64_t where i * ld may not be an int.
@@ -71,8 +75,10 @@ struct Tile {
 
   __device__ static int row(int r) { return mma_lane() / 4 + 8 * r; }
   __device__ static int col(int c) {  // of the pair's first; float: two runs of four, for vector loads
-    if constexpr (std::is_same_v<T, float>) return mma_lane() % 4 * 4 + c / 2 * 16 + c % 2 * 2;
-    else return mma_lane() % 4 * 2 + c * 8;
+    if constexpr (std::is_same_v<T, float>)
+      return mma_lane() % 4 * 4 + c / 2 * 16 + c % 2 * 2;
+    else
+      return mma_lane() % 4 * 2 + c * 8;
   }
   __device__ float& at(int r, int c, int e) { return sum[r / 2][c].r[r % 2 * 2 + e]; }
 
@@ -102,8 +108,10 @@ __device__ inline void add_product(Tile<T>& tile, const Matrix<T, kParts>& P, co
     for (int q = 0; q < kParts; ++q)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        if constexpr (kTransposed) load_b_transposed(b[q][c], Q.at(q, 16 * c, kk), Q.ld);
-        else load_b(b[q][c], Q.at(q, kk, 16 * c), Q.ld);
+        if constexpr (kTransposed)
+          load_b_transposed(b[q][c], Q.at(q, 16 * c, kk), Q.ld);
+        else
+          load_b(b[q][c], Q.at(q, kk, 16 * c), Q.ld);
       }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -29,7 +29,8 @@
 #if GRADOPS_BACKEND_ID == 1
 #define GRADOPS_NAMESPACE gradops
 #define GRADOPS_KEY CPU
-#define GRADOPS_DEFINE(schema) STABLE_TORCH_LIBRARY_FRAGMENT(gradops, m) { m.def(schema); }
+#define GRADOPS_DEFINE(schema) \
+  STABLE_TORCH_LIBRARY_FRAGMENT(gradops, m) { m.def(schema); }
 #elif GRADOPS_BACKEND_ID == 2
 #define GRADOPS_NAMESPACE gradops
 #define GRADOPS_KEY CUDA
@@ -37,15 +38,14 @@
 #else
 #define GRADOPS_NAMESPACE gradops_emu
 #define GRADOPS_KEY CPU
-#define GRADOPS_DEFINE(schema) STABLE_TORCH_LIBRARY_FRAGMENT(gradops_emu, m) { m.def(schema); }
+#define GRADOPS_DEFINE(schema) \
+  STABLE_TORCH_LIBRARY_FRAGMENT(gradops_emu, m) { m.def(schema); }
 #endif
 
 // GRADOPS_OP(f, "f(Tensor x) -> Tensor"): the op gradops::f is the C++ function f.
-#define GRADOPS_OP(name, schema)                            \
-  GRADOPS_DEFINE(schema)                                    \
-  STABLE_TORCH_LIBRARY_IMPL(GRADOPS_NAMESPACE, GRADOPS_KEY, m) { \
-    m.impl(#name, TORCH_BOX(&name));                   \
-  }
+#define GRADOPS_OP(name, schema) \
+  GRADOPS_DEFINE(schema)         \
+  STABLE_TORCH_LIBRARY_IMPL(GRADOPS_NAMESPACE, GRADOPS_KEY, m) { m.impl(#name, TORCH_BOX(&name)); }
 
 namespace gradops {
 
@@ -85,11 +85,16 @@ struct Scope {
 // How x's numbers are stored; `name` says in the error which argument was wrong.
 inline Element element(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
-    case ScalarType::BFloat16: return Element::bf16;
-    case ScalarType::Half: return Element::f16;
-    case ScalarType::Float: return Element::f32;
-    case ScalarType::Double: return Element::f64;
-    default: STD_TORCH_CHECK(false, name, " must be bfloat16, float16, float32 or float64");
+    case ScalarType::BFloat16:
+      return Element::bf16;
+    case ScalarType::Half:
+      return Element::f16;
+    case ScalarType::Float:
+      return Element::f32;
+    case ScalarType::Double:
+      return Element::f64;
+    default:
+      STD_TORCH_CHECK(false, name, " must be bfloat16, float16, float32 or float64");
   }
 }
 

@@ -44,16 +44,22 @@ struct F16 {
   to.bits = uint16_t((bits >> 16 & 0x8000u) | (magnitude > 0x7f800000u ? 0x7e00u : finite));
 }
 template <class T>
-[[gnu::always_inline]] inline void narrow(double x, T& to) { narrow(float(x), to); }
+[[gnu::always_inline]] inline void narrow(double x, T& to) {
+  narrow(float(x), to);
+}
 
 // Calls f(T()) with the C++ type of e.
 template <class F>
 inline void with_type(Element e, const F& f) {
   switch (e) {
-    case Element::bf16: return f(Bf16());
-    case Element::f16: return f(F16());
-    case Element::f32: return f(0.f);
-    case Element::f64: return f(0.);
+    case Element::bf16:
+      return f(Bf16());
+    case Element::f16:
+      return f(F16());
+    case Element::f32:
+      return f(0.f);
+    case Element::f64:
+      return f(0.);
   }
 }
 

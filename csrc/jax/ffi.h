@@ -6,9 +6,8 @@
 #include "xla/ffi/api/ffi.h"
 
 // XLA's macro must define a visible symbol although this library hides its own.
-#define GRADOPS_JAX_HANDLER(symbol, function, ...)               \
-  _Pragma("GCC visibility push(default)")                        \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, function, __VA_ARGS__);  \
+#define GRADOPS_JAX_HANDLER(symbol, function, ...)                                                      \
+  _Pragma("GCC visibility push(default)") XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, function, __VA_ARGS__); \
   _Pragma("GCC visibility pop")
 
 namespace gradops::jax {
@@ -20,11 +19,20 @@ struct Matrices {
   int64_t batch = 1, rows, cols;
   explicit Matrices(const ffi::AnyBuffer& x) {
     switch (x.element_type()) {
-      case ffi::DataType::BF16: element = Element::bf16; break;
-      case ffi::DataType::F16: element = Element::f16; break;
-      case ffi::DataType::F32: element = Element::f32; break;
-      case ffi::DataType::F64: element = Element::f64; break;
-      default: throw std::invalid_argument("unsupported dtype");
+      case ffi::DataType::BF16:
+        element = Element::bf16;
+        break;
+      case ffi::DataType::F16:
+        element = Element::f16;
+        break;
+      case ffi::DataType::F32:
+        element = Element::f32;
+        break;
+      case ffi::DataType::F64:
+        element = Element::f64;
+        break;
+      default:
+        throw std::invalid_argument("unsupported dtype");
     }
     const auto d = x.dimensions();
     rows = d[d.size() - 2], cols = d[d.size() - 1];

@@ -65,8 +65,7 @@ inline Row<N> to_row(__m512 even, __m512 odd) {
   Row<N> r;
   r.part[0] = round_to_bf16(even, odd);
   if (N == 2)
-    r.part[N - 1] = round_to_bf16(_mm512_sub_ps(even, even_float(r.part[0])),
-                                  _mm512_sub_ps(odd, odd_float(r.part[0])));
+    r.part[N - 1] = round_to_bf16(_mm512_sub_ps(even, even_float(r.part[0])), _mm512_sub_ps(odd, odd_float(r.part[0])));
   return r;
 }
 

@@ -129,8 +129,7 @@ GRADOPS_INLINE inline void multiply(const char* left, const char* right, long n,
       Sums sums;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
-        for (int h = 0; h < 2; ++h)
-          sums[r][h] = p0 == 0 ? _mm512_setzero_ps() : _mm512_load_ps(rows + 32 * r + 16 * h);
+        for (int h = 0; h < 2; ++h) sums[r][h] = p0 == 0 ? _mm512_setzero_ps() : _mm512_load_ps(rows + 32 * r + 16 * h);
       for (long p = p0; p < p1; ++p)
         multiply_rows<N>(left + p * N * kPart + g * kRows * 64, right + p * N * kPart, sums);
 #pragma GCC unroll 8

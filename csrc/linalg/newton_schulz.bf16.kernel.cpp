@@ -6,9 +6,10 @@
 // update) are made panel by panel, in the scratch memory of the thread. The symmetric A is kept in
 // both forms, B in R form; only their blocks on and below the diagonal are computed, the others are
 // mirrored. The conversions of a finished block run during the products of the next one.
+#include "linalg/newton_schulz.h"
+
 #include "linalg/bf16_multiply.h"
 #include "linalg/bf16_pack.h"
-#include "linalg/newton_schulz.h"
 
 namespace gradops {
 namespace {
@@ -18,11 +19,11 @@ bool is_tall(const NewtonSchulzTask& t) { return t.rows > t.cols; }
 template <int N>
 struct Workspace {
   static constexpr long kBlock = N * kPart;
-  long S, L;     // blocks along the short and along the long side
-  char* x;       // S x L blocks, R form
-  char* a_r;     // S x S, R form
-  char* a_v;     // S x S, V form, column-major
-  char* b;       // S x S, R form
+  long S, L;        // blocks along the short and along the long side
+  char* x;          // S x L blocks, R form
+  char* a_r;        // S x S, R form
+  char* a_v;        // S x S, V form, column-major
+  char* b;          // S x S, R form
   double* squares;  // sums of squares of 32 rows of the input each
 
   Workspace(const NewtonSchulzTask& t, char* memory) {
@@ -213,9 +214,12 @@ void run_step(const NewtonSchulzTask& t, char* workspace, char* scratch, int pha
   const int step = (phase - kSteps) / 3;
   const float a = float(t.steps->a[step]), b = float(t.steps->b[step]), c = float(t.steps->c[step]);
   switch ((phase - kSteps) % 3) {
-    case 0: return gram(w, s, begin, end);
-    case 1: return polynomial(w, s, b, c, begin, end);
-    default: return update(w, s, a, begin, end);
+    case 0:
+      return gram(w, s, begin, end);
+    case 1:
+      return polynomial(w, s, b, c, begin, end);
+    default:
+      return update(w, s, a, begin, end);
   }
 }
 

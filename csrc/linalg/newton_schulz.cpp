@@ -31,8 +31,13 @@ void cpu::newton_schulz(const void* in, void* out, Element element, int64_t batc
   const NewtonSchulzEngine& engine = engine_for(element, products);
   const auto task = [=, &steps](int64_t item) {
     const int64_t offset = item * rows * cols * element_size(element);
-    return NewtonSchulzTask{static_cast<const char*>(in) + offset, static_cast<char*>(out) + offset,
-                            element, rows, cols, &steps, normalize};
+    return NewtonSchulzTask{static_cast<const char*>(in) + offset,
+                            static_cast<char*>(out) + offset,
+                            element,
+                            rows,
+                            cols,
+                            &steps,
+                            normalize};
   };
   const NewtonSchulzTask first = task(0);
   const int phases = engine.phases(first);
@@ -60,9 +65,8 @@ void cpu::newton_schulz(const void* in, void* out, Element element, int64_t batc
   for (int64_t item = 0; item < batch; ++item) {
     const NewtonSchulzTask t = task(item);
     for (int phase = 0; phase < phases; ++phase)
-      parallel_for(0, engine.units(t, phase), 1, [&](int64_t begin, int64_t end) {
-        engine.run(t, memory, thread_scratch(own), phase, begin, end);
-      });
+      parallel_for(0, engine.units(t, phase), 1,
+                   [&](int64_t begin, int64_t end) { engine.run(t, memory, thread_scratch(own), phase, begin, end); });
   }
 }
 

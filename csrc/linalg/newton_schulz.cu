@@ -5,24 +5,25 @@
 // and A stay in global memory (in practice the L2 cache) and pass through shared memory in panels,
 // fetched one ahead. Both give one warp one to three 32 x 32 tiles of a product at a time, so a whole
 // symmetric product is in registers before it is written; B = b A + c A A takes A's place.
-#include "linalg/newton_schulz.h"
-
 #include <algorithm>
 #include <string>
 
 #include "common/async_copy.h"
 #include "common/reduce.cuh"
 #include "common/tile.cuh"
+#include "linalg/newton_schulz.h"
 
 namespace gradops {
 namespace {
 
 constexpr int kMostShort = 256, kMostResident = 128;  // s
-constexpr int kMostLong = 0x7fffffff - 1023;           // n: columns are counted in int
+constexpr int kMostLong = 0x7fffffff - 1023;          // n: columns are counted in int
 
 __host__ __device__ constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 template <class T>  // elements between rows: 16 bytes of padding, so ldmatrix has no bank conflicts
-__host__ __device__ constexpr int pitch(int cols) { return cols + 16 / int(sizeof(T)); }
+__host__ __device__ constexpr int pitch(int cols) {
+  return cols + 16 / int(sizeof(T));
+}
 
 struct Steps {
   float a[NewtonSchulzSteps::kMost], b[NewtonSchulzSteps::kMost], c[NewtonSchulzSteps::kMost];
@@ -39,7 +40,9 @@ struct Shape {
 template <class T, class F>  // f(value) for this thread's share of the elements
 __device__ void each_value(const T* p, int64_t count, F f) {
   if (count % 4 == 0 && reinterpret_cast<uintptr_t>(p) % (4 * sizeof(T)) == 0) {
-    struct alignas(4 * sizeof(T)) Four { Pair<T> low, high; };
+    struct alignas(4 * sizeof(T)) Four {
+      Pair<T> low, high;
+    };
     for (int64_t e = 4 * threadIdx.x; e < count; e += 4 * blockDim.x) {
       const Four four = *reinterpret_cast<const Four*>(p + e);
       const float2 v = widen(four.low), w = widen(four.high);
@@ -81,7 +84,7 @@ __device__ void read_in(const T* in, const Shape& shape, const Scale& scale, con
 #pragma unroll
       for (int e = 0; e < 8; ++e)
         v[e] = i < shape.s && j + e < shape.n ? scale(float(in[int64_t(j + e) * shape.s + i])) : 0.f;
-      #pragma unroll
+#pragma unroll
       for (int e = 0; e < 8; e += 2) X.put_pair(i, j + e, make_float2(v[e], v[e + 1]));
     }
   } else {
@@ -201,9 +204,11 @@ __device__ void multiply(Tile<T> (&tiles)[kTiles], const Deal<kTiles>& deal, con
 
 // kThreads is 128 for S <= 64, 256 for S <= 128: one or two tiles are then enough for every warp.
 template <class T, class Store, int kParts, int kThreads>
-__global__ void __launch_bounds__(kThreads, kThreads == 128 ? 4 : sizeof(Store) * kParts == 2 ? 2 : 1)
-resident_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, const __grid_constant__ Shape shape,
-                const __grid_constant__ Steps steps) {
+__global__ void __launch_bounds__(kThreads, kThreads == 128               ? 4
+                                            : sizeof(Store) * kParts == 2 ? 2
+                                                                          : 1)
+    resident_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, const __grid_constant__ Shape shape,
+                    const __grid_constant__ Steps steps) {
   constexpr int kTiles = kThreads / 128;
   GRADOPS_DYNAMIC_SHARED(unsigned char, memory);
   SharedPlan cut(memory);
@@ -253,7 +258,8 @@ struct StreamPlan {
   __host__ __device__ StreamPlan(SharedPlan& plan, int S)
       : left_panels(plan.take<Store>(2 * kParts * S * kLeft)),
         right_panels(plan.take<Store>(2 * kParts * kDepth * kRight)),
-        scratch(plan.take<float>(32)), S(S) {}
+        scratch(plan.take<float>(32)),
+        S(S) {}
   __device__ Matrix<Store, kParts> left(int half) const {
     return {left_panels + half * kParts * S * kLeft, kLeft, S * kLeft};
   }
@@ -297,8 +303,10 @@ __device__ void stream(Tile<T> (&tiles)[kTiles], const Deal<kTiles>& deal, const
     for (int t = 0; t < kTiles; ++t) {
       if (deal.row[t] < 0) continue;
       const auto left = plan.left(half).block(deal.row[t], 0);
-      if constexpr (kGram) add_product<true>(tiles[t], left, plan.left(half).block(deal.col[t], 0), depth);
-      else add_product<false>(tiles[t], left, plan.right(half).block(0, deal.col[t]), depth);
+      if constexpr (kGram)
+        add_product<true>(tiles[t], left, plan.left(half).block(deal.col[t], 0), depth);
+      else
+        add_product<false>(tiles[t], left, plan.right(half).block(0, deal.col[t]), depth);
     }
   }
 }
@@ -321,8 +329,8 @@ struct Workspace {
 // Blocks take matrices in turn, so the workspace is as large as the GPU, not as the batch.
 template <class T, class Store, int kParts, bool kLarge>
 __global__ void __launch_bounds__(kStreamThreads, kLarge ? 1 : 2)
-streamed_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, void* workspace,
-                const __grid_constant__ Shape shape, const __grid_constant__ Steps steps) {
+    streamed_kernel(const T* __restrict__ in_all, T* __restrict__ out_all, void* workspace,
+                    const __grid_constant__ Shape shape, const __grid_constant__ Steps steps) {
   constexpr int kTiles = kLarge ? 3 : 1, kWarps = kStreamThreads / 32;  // 36 tiles are half of 256 x 256
   GRADOPS_DYNAMIC_SHARED(unsigned char, memory);
   SharedPlan cut(memory);
@@ -397,8 +405,10 @@ struct Kernels {
              few ? 128 : 256, plan.bytes(), stream, in, out, shape, steps);
     } else {
       const bool large = shape.s > kMostResident;
-      if (large) StreamPlan<Store, kParts, true>(plan, shape.S);
-      else StreamPlan<Store, kParts, false>(plan, shape.S);
+      if (large)
+        StreamPlan<Store, kParts, true>(plan, shape.S);
+      else
+        StreamPlan<Store, kParts, false>(plan, shape.S);
       launch(large ? streamed_kernel<T, Store, kParts, true> : streamed_kernel<T, Store, kParts, false>,
              blocks(stream_blocks(shape)), kStreamThreads, plan.bytes(), stream, in, out, workspace, shape, steps);
     }
@@ -430,8 +440,8 @@ int64_t cuda::newton_schulz_workspace_bytes(Element element, int64_t batch, int6
 }
 
 void cuda::newton_schulz(const void* in, void* out, Element element, int64_t batch, int64_t rows, int64_t cols,
-                         const NewtonSchulzSteps& given, bool normalize, NewtonSchulzProducts products,
-                         void* workspace, void* stream) {
+                         const NewtonSchulzSteps& given, bool normalize, NewtonSchulzProducts products, void* workspace,
+                         void* stream) {
   if (batch == 0 || rows == 0 || cols == 0) return;
   if (element == Element::f64) throw std::runtime_error("newton_schulz: no CUDA kernel for float64");
   if (!newton_schulz_fits(element, rows, cols))

@@ -39,8 +39,8 @@ struct Arrays {
     a = {y.data + y.size(), s, s};
     b = {a.data + a.size(), s, s};
     squares = reinterpret_cast<Squares*>(b.data + b.size());
-    bytes = (2 * a.size() + y.size()) * int64_t(sizeof(T)) +
-            chunks(t.rows * t.cols, kNormChunk) * int64_t(sizeof(Squares));
+    bytes =
+        (2 * a.size() + y.size()) * int64_t(sizeof(T)) + chunks(t.rows * t.cols, kNormChunk) * int64_t(sizeof(Squares));
   }
 };
 
@@ -191,10 +191,14 @@ struct Engine {
     const Arrays<T> m(t, nullptr);
     const int64_t triangle = m.a.blocks() * (m.a.blocks() + 1) / 2;
     switch (kind(t, phase)) {
-      case norm: return chunks(t.rows * t.cols, kNormChunk);
-      case gram: return triangle;
-      case square: return c(t, phase) == 0 ? 0 : triangle;  // B = b A is left to the update
-      default: return chunks(m.l, kRowChunk);
+      case norm:
+        return chunks(t.rows * t.cols, kNormChunk);
+      case gram:
+        return triangle;
+      case square:
+        return c(t, phase) == 0 ? 0 : triangle;  // B = b A is left to the update
+      default:
+        return chunks(m.l, kRowChunk);
     }
   }
   static int64_t workspace_bytes(const NewtonSchulzTask& t) { return Arrays<T>(t, nullptr).bytes; }

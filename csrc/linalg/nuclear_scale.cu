@@ -1,7 +1,6 @@
-#include "linalg/nuclear_scale.h"
-
 #include "common/device_number.cuh"
 #include "common/reduce.cuh"
+#include "linalg/nuclear_scale.h"
 
 namespace gradops {
 namespace {
@@ -13,9 +12,8 @@ struct Add {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-dot_chunks(const T* __restrict__ m, const T* __restrict__ u, double* __restrict__ partial, int64_t size,
-           int64_t chunks) {
+__global__ void __launch_bounds__(kThreads) dot_chunks(const T* __restrict__ m, const T* __restrict__ u,
+                                                       double* __restrict__ partial, int64_t size, int64_t chunks) {
   __shared__ double scratch[32];
   const int64_t item = blockIdx.x / chunks, begin = blockIdx.x % chunks * kChunk;
   const int64_t end = begin + kChunk < size ? begin + kChunk : size;
@@ -27,7 +25,7 @@ dot_chunks(const T* __restrict__ m, const T* __restrict__ u, double* __restrict_
 }
 
 __global__ void __launch_bounds__(kThreads)
-add_chunks(const double* __restrict__ partial, double* __restrict__ out, int64_t batch, int64_t chunks) {
+    add_chunks(const double* __restrict__ partial, double* __restrict__ out, int64_t batch, int64_t chunks) {
   const int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (item >= batch) return;
   double s = 0;
@@ -51,8 +49,7 @@ void cuda::nuclear_scale(const NuclearScaleTask& t, void* workspace, void* strea
       launch(dot_chunks<T>, blocks(t.batch * chunks), kThreads, 0, stream, static_cast<const T*>(t.m),
              static_cast<const T*>(t.u), partial, t.size, chunks);
     });
-  launch(add_chunks, blocks((t.batch + kThreads - 1) / kThreads), kThreads, 0, stream, partial, t.out, t.batch,
-         chunks);
+  launch(add_chunks, blocks((t.batch + kThreads - 1) / kThreads), kThreads, 0, stream, partial, t.out, t.batch, chunks);
 }
 
 }  // namespace gradops

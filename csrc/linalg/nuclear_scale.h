@@ -19,9 +19,9 @@ GRADOPS_DECLARE(double, nuclear_scale_dot, const void* m, const void* u, Element
 namespace cpu {
 void nuclear_scale(const NuclearScaleTask&, void* workspace, void* = nullptr);
 int64_t nuclear_scale_workspace(const NuclearScaleTask&);  // bytes
-}
+}  // namespace cpu
 namespace cuda {
 void nuclear_scale(const NuclearScaleTask&, void* workspace, void* stream);
 int64_t nuclear_scale_workspace(const NuclearScaleTask&);
-}
+}  // namespace cuda
 }  // namespace gradops

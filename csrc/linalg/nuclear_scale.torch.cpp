@@ -18,8 +18,12 @@ Tensor nuclear_scale(const Tensor& m_in, const Tensor& u_in) {
   int64_t batch = 1;
   for (size_t i = 0; i < shape.size(); ++i) batch *= shape[i] = m.size(int64_t(i));
   Tensor out = empty(m, shape, ScalarType::Double);
-  const NuclearScaleTask task{m.const_data_ptr(), u.const_data_ptr(), static_cast<double*>(out.mutable_data_ptr()),
-                              element(m, "nuclear_scale: M"), batch, m.size(-2) * m.size(-1)};
+  const NuclearScaleTask task{m.const_data_ptr(),
+                              u.const_data_ptr(),
+                              static_cast<double*>(out.mutable_data_ptr()),
+                              element(m, "nuclear_scale: M"),
+                              batch,
+                              m.size(-2) * m.size(-1)};
   const Workspace memory(m, backend::nuclear_scale_workspace(task));
   backend::nuclear_scale(task, memory.data(), scope.stream());
   return out;

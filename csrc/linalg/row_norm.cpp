@@ -55,13 +55,12 @@ void cpu::row_norm(const RowNormTask& t, void* workspace, void*) {
   const auto write = GRADOPS_DISPATCH(row_norm_write);
   for (int64_t i = 0; i < t.batch; ++i) {
     const int64_t offset = i * t.rows * t.cols * element_size(t.element);
-    const RowNormRows rows{static_cast<const char*>(t.x) + offset, static_cast<char*>(t.y) + offset, t.element,
-                           t.cols, t.eps};
+    const RowNormRows rows{static_cast<const char*>(t.x) + offset, static_cast<char*>(t.y) + offset, t.element, t.cols,
+                           t.eps};
     each_chunk(t, w, [&](int64_t k, int64_t b, int64_t e) { sum(rows, b, e, w.partial + k * t.cols); });
     average(t, w, w.mean);
-    each_chunk(t, w, [&](int64_t k, int64_t b, int64_t e) {
-      measure(rows, b, e, w.mean, w.inverse, w.partial + k * t.cols);
-    });
+    each_chunk(
+        t, w, [&](int64_t k, int64_t b, int64_t e) { measure(rows, b, e, w.mean, w.inverse, w.partial + k * t.cols); });
     average(t, w, w.mean_after);
     each_chunk(t, w, [&](int64_t, int64_t b, int64_t e) { write(rows, b, e, w.mean, w.inverse, w.mean_after); });
   }

@@ -1,9 +1,8 @@
 // Sums are made in double and in a fixed order. With `center`, column sums are made per chunk of
 // kChunk rows and the chunks are added in order.
-#include "linalg/row_norm.h"
-
 #include "common/device_number.cuh"
 #include "common/reduce.cuh"
+#include "linalg/row_norm.h"
 
 namespace gradops {
 namespace {
@@ -36,8 +35,8 @@ __device__ double shared_norm(int64_t cols, int first, int threads, double* scra
 // One row per warp, or per block if kBlock. Writes y (mean == null), or else only inverse.
 template <class T, bool kBlock>
 __global__ void __launch_bounds__(kThreads)
-norm_rows(const T* __restrict__ x, T* __restrict__ y, double* __restrict__ inverse, const double* __restrict__ mean,
-          int64_t all_rows, int64_t rows, int64_t cols, double eps) {
+    norm_rows(const T* __restrict__ x, T* __restrict__ y, double* __restrict__ inverse, const double* __restrict__ mean,
+              int64_t all_rows, int64_t rows, int64_t cols, double eps) {
   __shared__ double scratch[32];
   const int threads = kBlock ? kThreads : 32, first = threadIdx.x % threads;
   const int64_t r = int64_t(blockIdx.x) * (kThreads / threads) + threadIdx.x / threads;
@@ -57,8 +56,8 @@ norm_rows(const T* __restrict__ x, T* __restrict__ y, double* __restrict__ inver
 // partial[item][chunk][c] = sum over the chunk's rows of x, or of (x - mean) * inverse.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-sum_columns(const T* __restrict__ x, const double* __restrict__ mean, const double* __restrict__ inverse,
-            double* __restrict__ partial, int64_t rows, int64_t cols, int64_t chunks) {
+    sum_columns(const T* __restrict__ x, const double* __restrict__ mean, const double* __restrict__ inverse,
+                double* __restrict__ partial, int64_t rows, int64_t cols, int64_t chunks) {
   const int64_t c = int64_t(blockIdx.y) * kThreads + threadIdx.x;
   const int64_t item = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   if (c >= cols) return;
@@ -71,7 +70,7 @@ sum_columns(const T* __restrict__ x, const double* __restrict__ mean, const doub
 }
 
 __global__ void __launch_bounds__(kThreads)
-average(const double* __restrict__ partial, double* __restrict__ mean, int64_t rows, int64_t cols, int64_t chunks) {
+    average(const double* __restrict__ partial, double* __restrict__ mean, int64_t rows, int64_t cols, int64_t chunks) {
   const int64_t c = int64_t(blockIdx.y) * kThreads + threadIdx.x, item = blockIdx.x;
   if (c >= cols) return;
   double s = 0;
@@ -81,8 +80,9 @@ average(const double* __restrict__ partial, double* __restrict__ mean, int64_t r
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-write_centered(const T* __restrict__ x, T* __restrict__ y, const double* __restrict__ mean,
-               const double* __restrict__ inverse, const double* __restrict__ mean_after, int64_t rows, int64_t cols) {
+    write_centered(const T* __restrict__ x, T* __restrict__ y, const double* __restrict__ mean,
+                   const double* __restrict__ inverse, const double* __restrict__ mean_after, int64_t rows,
+                   int64_t cols) {
   const int64_t r = blockIdx.x, item = r / rows;
   for (int64_t c = threadIdx.x; c < cols; c += blockDim.x) {
     const double v = (to_double(x[r * cols + c]) - mean[item * cols + c]) * inverse[r];

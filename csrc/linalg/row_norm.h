@@ -39,9 +39,9 @@ GRADOPS_DECLARE(void, row_norm_plain, const RowNormRows&, int64_t begin, int64_t
 namespace cpu {
 void row_norm(const RowNormTask&, void* workspace, void* = nullptr);
 int64_t row_norm_workspace(const RowNormTask&);  // bytes
-}
+}  // namespace cpu
 namespace cuda {
 void row_norm(const RowNormTask&, void* workspace, void* stream);
 int64_t row_norm_workspace(const RowNormTask&);
-}
+}  // namespace cuda
 }  // namespace gradops

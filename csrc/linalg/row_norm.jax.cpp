@@ -15,5 +15,6 @@ static ffi::Error row_norm(ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y, doub
   return ffi::Error::Success();
 }
 
-GRADOPS_JAX_HANDLER(gradops_row_norm, row_norm,
-                    ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<double>("eps").Attr<bool>("center"))
+GRADOPS_JAX_HANDLER(
+    gradops_row_norm, row_norm,
+    ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<double>("eps").Attr<bool>("center"))

@@ -11,8 +11,14 @@ Tensor row_norm(const Tensor& x_in, double eps, bool center) {
   const Tensor x = torch::stable::contiguous(x_in);
   Tensor y = new_like(x);
   const int64_t rows = x.size(-2), cols = x.size(-1);
-  const RowNormTask task{x.const_data_ptr(), y.mutable_data_ptr(), element(x, "row_norm: x"),
-                         x.numel() == 0 ? 0 : x.numel() / (rows * cols), rows, cols, eps, center};
+  const RowNormTask task{x.const_data_ptr(),
+                         y.mutable_data_ptr(),
+                         element(x, "row_norm: x"),
+                         x.numel() == 0 ? 0 : x.numel() / (rows * cols),
+                         rows,
+                         cols,
+                         eps,
+                         center};
   const Workspace memory(x, backend::row_norm_workspace(task));
   backend::row_norm(task, memory.data(), scope.stream());
   return y;

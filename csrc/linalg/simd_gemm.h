@@ -127,7 +127,10 @@ inline void gram_block(const Panels<T>& m, int64_t bi, int64_t bj, T alpha, cons
           T* to = out.at(row, p * P);
           tile_of<T, Left::by_columns, rows>((upto < vectors ? upto : vectors) - p * kTileVectors, m.at(k, row), 0,
                                              m.at(k, p * P), depth, k ? T(1) : alpha,
-                                             k ? to : base ? base->at(row, p * P) : nullptr, beta, to);
+                                             k      ? to
+                                             : base ? base->at(row, p * P)
+                                                    : nullptr,
+                                             beta, to);
         });
   }
   const int64_t end = bj * kBlock<T> + kBlock<T>;

@@ -51,8 +51,8 @@ void row_norm(In x, Out y, double eps, bool center) {
 }
 
 void nuclear_scale(In m, In u, Out out) {
-  const gradops::NuclearScaleTask task{m.data(), u.data(), static_cast<double*>(out.data()),
-                                       element(m),  batch(m), rows(m) * cols(m)};
+  const gradops::NuclearScaleTask task{m.data(),   u.data(), static_cast<double*>(out.data()),
+                                       element(m), batch(m), rows(m) * cols(m)};
   const nb::gil_scoped_release unlock;
   const std::unique_ptr<double[]> memory(new double[size_t(gradops::cpu::nuclear_scale_workspace(task)) / 8]);
   gradops::cpu::nuclear_scale(task, memory.get());

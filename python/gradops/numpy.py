@@ -4,8 +4,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _numpy
-from .linalg.coefficients import resolve
+from . import _numpy  # type: ignore[attr-defined]
+from .linalg.coefficients import resolve, with_margin
 
 Array = NDArray[np.floating]
 isa = _numpy.isa
@@ -43,8 +43,7 @@ def newton_schulz(x: Array, steps: int = 5, *, coefficients: str | Sequence[Sequ
         raise ValueError(f"eps must be in [0, 1), got {eps}")
     if isinstance(coefficients, str) and coefficients == "aol":
         raise ValueError("coefficients='aol' is not available for arrays; use gradops.linalg.newton_schulz")
-    table = list(resolve(coefficients, steps))
-    table[0] = tuple(k / (1 + eps)**power for k, power in zip(table[0], (1, 3, 5), strict=True))
+    table = with_margin(resolve(coefficients, steps), eps)
     y = np.empty_like(x)
     _numpy.newton_schulz(x, y, [k for abc in table for k in abc])
     return y

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from gradops.linalg import nuclear_scale, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
-from gradops.linalg import one_sided_polar, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
+
+from gradops.linalg import one_sided_polar, reference
 
 
 def gaussian(*shape, seed=0):
@@ -54,13 +55,13 @@ def test_scale_zero_and_nonfinite_items():
 @pytest.mark.parametrize("center", [False, True])
 def test_derivatives(shape, center):
     x = gaussian(*shape).requires_grad_()
-    f = lambda x: one_sided_polar(x, alpha=0.5, center=center, eps=0.1)  # noqa: E731
+    f = lambda x: one_sided_polar(x, alpha=0.5, center=center, eps=0.1)
     assert gradcheck(f, (x,), check_forward_ad=True) and gradgradcheck(f, (x,))
 
 
 def test_compile():
     x = gaussian(3, 5, 4).requires_grad_()
-    loss = lambda x: one_sided_polar(x, eps=0.1).sin().sum()  # noqa: E731
+    loss = lambda x: one_sided_polar(x, eps=0.1).sin().sum()
     got, = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
     torch.testing.assert_close(got, torch.autograd.grad(loss(x), x)[0])
 

@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
-from gradops.linalg import polar, polar_methods, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
+
+from gradops.linalg import polar, polar_methods, reference
 
 ACCURATE = ["auto", "svd", "qdwh", "zolo"]
 # Orthogonality per row, and backward error: about what LAPACK's SVD gives.
@@ -173,7 +174,7 @@ def test_rank_deficient_derivative_raises(rank):
 
 def test_transforms():
     a = gaussian(3, 5, 4)
-    loss = lambda x: polar(x)[1].sin().sum() + polar(x, compute_h=False)[0].cos().sum()  # noqa: E731
+    loss = lambda x: polar(x)[1].sin().sum() + polar(x, compute_h=False)[0].cos().sum()
     want = torch.func.grad(loss)(a)
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(a), want)
     torch.testing.assert_close(torch.func.vmap(polar, in_dims=2)(a.movedim(0, 2))[0], polar(a)[0])

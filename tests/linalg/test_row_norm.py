@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from gradops.linalg import reference, row_norm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from gradops.linalg import reference, row_norm
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -19,7 +20,8 @@ def test_matches_float64(backend, shape, dtype, center):
     y = ops.row_norm(x, 1e-8, center)
     assert y.dtype == dtype and y.shape == x.shape and torch.equal(x, before)
     want = reference.row_norm(x.double(), eps=1e-8, center=center)
-    assert ((y.double() - want).abs() <= ROUNDING[dtype] * want.abs() + (1e-16 if dtype == torch.float64 else 1e-7)).all()
+    absolute = 1e-16 if dtype == torch.float64 else 1e-7
+    assert ((y.double() - want).abs() <= ROUNDING[dtype] * want.abs() + absolute).all()
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,6 +1,7 @@
 """The optimizers under test, and parameters with gradients for them."""
 
 import torch
+
 from gradops.optim import (
     AdamW,
     HybridPolarGradM,

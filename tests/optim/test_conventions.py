@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+
 from gradops import linalg
 from gradops.optim import AdamW, HybridPolarGradM, Muon, PolarGrad, RowNormM, SymmetryOptimizer
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gradops.optim import Muon, PolarGrad
 
 from .cases import ALL, MATRIX, give_grads, parameters

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+
 from gradops.optim import PolarGrad
 
 _spec = importlib.util.spec_from_file_location(

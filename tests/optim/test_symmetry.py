@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from gradops.optim import SymmetryOptimizer, symmetry_param_groups
 from torch import nn
+
+from gradops.optim import SymmetryOptimizer, symmetry_param_groups
 
 from . import models
 

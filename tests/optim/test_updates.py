@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from gradops.linalg.coefficients import resolve
 from gradops.optim import AdamW, Muon, PolarGrad, to_matrices
 from gradops.optim.layouts import LAYOUTS, from_matrices

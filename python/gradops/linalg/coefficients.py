@@ -51,6 +51,11 @@ def _safe(table: Coefficients, factor: float) -> Coefficients:
     return tuple((a / factor, b / factor**3, c / factor**5) for a, b, c in table)
 
 
+def with_margin(table: Coefficients, eps: float) -> Coefficients:
+    """The same steps for input divided by (1 + eps) first."""
+    return _safe(table[:1], 1 + eps) + table[1:]
+
+
 def resolve(coefficients: str | Sequence[Sequence[float]], steps: int) -> Coefficients:
     """One (a, b, c) per step; the last of a shorter list repeats."""
     if not isinstance(steps, int) or isinstance(steps, bool):

@@ -1,12 +1,13 @@
 """Inverse square root of positive definite matrices, differentiable to second order."""
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .._checks import check_matrix
 from .._op import _library, needs_derivative, primals, register
+from .coefficients import resolve
 from .newton_schulz import _matmul_precision, polynomials
 from .polar_methods import _orthonormal, converging_steps
 from .sylvester import Sylvester, positive_eigen
@@ -47,10 +48,14 @@ def _by_products(a: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     diagonal = a.diagonal(dim1=-2, dim2=-1).add_(eps)
     lower, info = torch.linalg.cholesky_ex(a)
     # ||A||_F^(1/2) bounds R's largest singular value far better than ||R||_F, which spares some of the steps.
-    bound = (2 * torch.linalg.matrix_norm(a)**2 - torch.linalg.vector_norm(diagonal, dim=-1)**2).sqrt().sqrt()[..., None, None]
+    square = 2 * torch.linalg.matrix_norm(a)**2 - torch.linalg.vector_norm(diagonal, dim=-1)**2
+    bound = square.sqrt().sqrt()[..., None, None]
     lower /= bound
-    smallest = lower.diagonal(dim1=-2, dim2=-1).amin(-1).nan_to_num(0.0).amin().item() / 3  # a guess: u is tested
-    u = polynomials(lower.mT, converging_steps(smallest))
+    steps = converging_steps(lower.diagonal(dim1=-2, dim2=-1).amin(-1) / 3)  # a guess: u is tested
+    u = torch.empty_like(lower)
+    for n in steps.unique().tolist():
+        items = slice(None) if bool((steps == n).all()) else steps == n
+        u[items] = polynomials(lower[items].mT, resolve("polar_express", 8)[8 - n:])
     s = torch.linalg.solve_triangular(lower, u.mT, upper=False, left=False) / bound
     return (s + s.mT).mul_(0.5).contiguous(), (info == 0) & _orthonormal(u)
 
@@ -79,9 +84,10 @@ def inv_sqrt(A: Tensor, *, eps: float = 0.0) -> Tensor:
         TypeError: ``A`` is no dense real floating-point tensor.
         ValueError: ``A`` is not square, or ``eps`` is negative.
 
-    :math:`O(n^3)`; by matrix products on CPU, for matrices whose condition number is below about :math:`10^6 / n`, and by the
-    eigenvectors for others and on CUDA. The derivative solves :math:`S X + X S = -S^2\, dA\, S^2`, also where
-    eigenvalues coincide, to any order; ``dA`` counts as symmetric. Source: Higham, Functions of Matrices, chapter 6.
+    :math:`O(n^3)`; by matrix products on CPU, for matrices whose condition number is below about :math:`10^6 / n`,
+    and by the eigenvectors for others and on CUDA. The derivative solves
+    :math:`S X + X S = -S^2\, dA\, S^2`, also where eigenvalues coincide, to any order; ``dA`` counts as symmetric.
+    Source: Higham, Functions of Matrices, chapter 6.
 
     Example:
         >>> import torch
@@ -107,18 +113,18 @@ class _InvSqrt(torch.autograd.Function):
         return _op(a, eps)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs, output) -> None:
         ctx.save_for_backward(output)
         ctx.save_for_forward(output)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         s, eigen = _eigen(*ctx.saved_tensors)
         x = Sylvester.apply(s, _symmetric(grad.double()), *eigen)
         return (-s @ s @ x @ s @ s).to(grad.dtype), None
 
     @staticmethod
-    def jvp(ctx: FunctionCtx, tangent: Tensor, *_):
+    def jvp(ctx: Any, tangent: Tensor, *_):
         s, eigen = _eigen(*primals(ctx.saved_tensors))
         return Sylvester.apply(s, -s @ s @ _symmetric(tangent.double()) @ s @ s, *eigen).to(tangent.dtype)
 
@@ -126,7 +132,8 @@ class _InvSqrt(torch.autograd.Function):
 def _eigen(s: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """In float64, which no setting of torch's precision of products reaches."""
     s = _symmetric(s.double())
-    return s, positive_eigen(s.detach(), 0.0, "the inverse square root of A has no derivative: A is not positive definite")
+    what = "the inverse square root of A has no derivative: A is not positive definite"
+    return s, positive_eigen(s.detach(), 0.0, what)
 
 
 def _symmetric(x: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Newton-Schulz iteration towards the polar factor, as one kernel per call."""
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .._checks import check_matrix
 from .._op import needs_derivative, register
-from .coefficients import Coefficients, resolve
+from .coefficients import Coefficients, resolve, with_margin
 
 _PRECISIONS = ("highest", "high", "medium")
 _FULL, _BF16X3, _BF16 = 0, 1, 2  # NewtonSchulzProducts in csrc/linalg/newton_schulz.h
@@ -74,8 +74,8 @@ def newton_schulz(x: Tensor, steps: int = 5, *, coefficients: str | Sequence[Seq
     table = resolve(coefficients, steps)
     precision = precision or torch.get_float32_matmul_precision()
     aol = coefficients == "aol"
-    if not aol and eps:
-        table = (tuple(k / (1 + eps)**power for k, power in zip(table[0], (1, 3, 5), strict=True)), *table[1:])
+    if not aol:
+        table = with_margin(table, eps)
     if form != "gram" and not needs_derivative(x) and (products := _kernel_products(x, precision)) is not None:
         return _op(_aol(_normalize(x)) if aol else x, [k for abc in table for k in abc], not aol, products)
     elongated = max(x.shape[-2:]) >= 2 * min(x.shape[-2:])
@@ -139,7 +139,8 @@ def _matmul_precision(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _with_products(x: Tensor, table: Coefficients, precision: str, aol: bool, steps) -> Tensor:
+def _with_products(x: Tensor, table: Coefficients, precision: str, aol: bool,
+                   steps: Callable[[Tensor, Coefficients], Tensor]) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
     tall = x.shape[-2] > x.shape[-1]
@@ -166,12 +167,14 @@ def _gram_steps(x: Tensor, table: Coefficients) -> Tensor:
     identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     for start in range(0, len(table), every):
         chunk = table[start:start + every]
-        r, q = x @ x.mT, None
+        r = x @ x.mT
+        q: Tensor | None = None
         for i, (a, b, c) in enumerate(chunk):
             p = torch.baddbmm(r, r, r, beta=b, alpha=c) if c else b * r
             p = p + a * identity
             q = p if q is None else p @ q
             if i + 1 < len(chunk):
                 r = p @ r @ p
-        x = q @ x
+        if q is not None:
+            x = q @ x
     return x

@@ -1,7 +1,8 @@
 """The factor by which PolarGrad scales an orthogonal update."""
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .._checks import check_matrix
 from .._op import needs_derivative, primals, register
@@ -55,18 +56,18 @@ class _NuclearScale(torch.autograd.Function):
         return _op(m, u)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs, output) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         m, u = ctx.saved_tensors
         grad = grad[..., None, None].to(m.dtype)
         return grad * u, grad * m
 
     @staticmethod
-    def jvp(ctx: FunctionCtx, dm: Tensor | None, du: Tensor | None):
+    def jvp(ctx: Any, dm: Tensor | None, du: Tensor | None):
         m, u = primals(ctx.saved_tensors)
         parts = [(a.double() * b).sum((-2, -1)) for a, b in ((dm, u), (m, du)) if a is not None and b is not None]
         return sum(parts)

@@ -9,7 +9,6 @@ from .newton_schulz import _matmul_precision
 from .nuclear_scale import nuclear_scale
 from .polar import check_choice, polar
 
-
 _library.define("one_sided_factor(Tensor m, float eps) -> Tensor")
 
 

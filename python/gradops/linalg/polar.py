@@ -1,7 +1,8 @@
 """Polar decomposition, differentiable to second order."""
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .._checks import check_matrix
 from .._op import _library, needs_derivative, primals, register
@@ -142,17 +143,19 @@ class _PolarFactor(torch.autograd.Function):
         return _op(a, "right", method, False, precision)[0]
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs, output) -> None:
         ctx.save_for_backward(inputs[0], output)
         ctx.save_for_forward(inputs[0], output)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor):
-        return _derivative(*ctx.saved_tensors, grad), None, None
+    def backward(ctx: Any, grad: Tensor):
+        a, u = ctx.saved_tensors
+        return _derivative(a, u, grad), None, None
 
     @staticmethod
-    def jvp(ctx: FunctionCtx, tangent: Tensor, *_):
-        return _derivative(*primals(ctx.saved_tensors), tangent)
+    def jvp(ctx: Any, tangent: Tensor, *_):
+        a, u = primals(ctx.saved_tensors)
+        return _derivative(a, u, tangent)
 
 
 def _derivative(a: Tensor, u: Tensor, direction: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .coefficients import Coefficients, resolve
+from .coefficients import resolve
 from .newton_schulz import _matmul_precision, newton_schulz
 
 METHODS = ("auto", "svd", "qdwh", "zolo", "newton_schulz", "polar_express")
@@ -60,16 +60,11 @@ def _polar_express(steps: int) -> list[tuple[float, float, float]]:
     return [table[0], *[table[1]] * (steps - 7), *table[2:]]
 
 
-def converging_steps(smallest: float) -> Coefficients:
-    """Steps that take singular values from [smallest, 1] to 1, where smallest is not below 1e-3. The interval that
-    the k-th polynomial is made for begins at the product of the first k slopes times 1e-3."""
-    table = resolve("polar_express", 8)
-    reached = 1e-3
-    for k, (a, _, _) in enumerate(table[:-4]):
-        if smallest < reached * a:
-            return table[k:]
-        reached *= a
-    return table[4:]
+def converging_steps(smallest: Tensor) -> Tensor:
+    """How many of Polar Express' last polynomials take singular values from [smallest, 1] to 1, if that is not below
+    1e-3: the interval that the k-th is made for begins at the product of the slopes before it times 1e-3."""
+    slopes = torch.tensor([a for a, _, _ in resolve("polar_express", 8)[:4]], dtype=torch.float64)
+    return 8 - (smallest.double()[..., None] >= 1e-3 * slopes.cumprod(0)).sum(-1)
 
 
 def _auto(x: Tensor) -> Tensor:
@@ -179,7 +174,8 @@ def _zolo(x: Tensor) -> Tensor:
     y, low = _full_rank(x)
     identity = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
     while low < 1 - 1e-5:
-        poles, weights, factor, reached = next(z for r in range(1, 9) if (z := _zolotarev(low, r))[3] > 1 - 1e-5 or r == 8)
+        best = (_zolotarev(low, r) for r in range(1, 9))
+        poles, weights, factor, reached = next(z for z in best if z[3] > 1 - 1e-5 or len(z[0]) == 8)
         total = y.clone()
         if poles[0] < 0.01:
             for c, a in zip(poles, weights, strict=True):

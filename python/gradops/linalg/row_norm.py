@@ -1,7 +1,8 @@
 """Row normalisation, plain or between two centrings."""
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .._checks import check_matrix
 from .._op import needs_derivative, primals, register
@@ -68,17 +69,17 @@ class _RowNorm(torch.autograd.Function):
         return _op(x, eps, center)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs, output) -> None:
         x, ctx.eps, ctx.center = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         x, = ctx.saved_tensors
         return _derivative(x, grad, ctx.eps, ctx.center), None, None
 
     @staticmethod
-    def jvp(ctx: FunctionCtx, tangent: Tensor, *_):
+    def jvp(ctx: Any, tangent: Tensor, *_):
         x, = primals(ctx.saved_tensors)
         return _derivative(x, tangent, ctx.eps, ctx.center)

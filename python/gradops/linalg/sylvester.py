@@ -3,9 +3,10 @@
 With H = Q diag(h) Q^T the solution divides by h_i + h_j, never by a difference: coinciding eigenvalues do no harm.
 Its own derivative solves the same equation, so it exists to any order.
 """
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .._op import _library, primals, register
 
@@ -40,19 +41,19 @@ class Sylvester(torch.autograd.Function):
         return q @ ((q.mT @ R @ q) / (h[..., :, None] + h[..., None, :])) @ q.mT
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs, output) -> None:
         H, _, h, q = inputs
         ctx.save_for_backward(H, output, h, q)
         ctx.save_for_forward(H, output, h, q)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):
         H, X, h, q = ctx.saved_tensors
         gR = Sylvester.apply(H, grad, h, q)
         return -(gR @ X.mT + X.mT @ gR), gR, None, None
 
     @staticmethod
-    def jvp(ctx: FunctionCtx, dH: Tensor | None, dR: Tensor | None, *_):
+    def jvp(ctx: Any, dH: Tensor | None, dR: Tensor | None, *_):
         H, X, h, q = primals(ctx.saved_tensors)
         right = torch.zeros_like(X) if dR is None else dR
         return Sylvester.apply(H, right if dH is None else right - dH @ X - X @ dH, h, q)

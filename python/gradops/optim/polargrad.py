@@ -34,7 +34,7 @@ class PolarGrad(MatrixOptimizer):
         weight_decay: decoupled weight decay (default 0).
         momentum: :math:`\beta` (default 0.95).
         polar_first: average polar factors instead of gradients (default False).
-        method: `method` of `gradops.linalg.polar` (default "qdwh"), or a function from a batch (k, ..., m, n) to its
+        method: `method` of `gradops.linalg.polar` (default "auto"), or a function from a batch (k, ..., m, n) to its
             polar factors. Avoid loose ones: with Muon's polynomial :math:`\nu` misses the nuclear norm by 5 to 14 %.
         nuclear_scale: multiply the step by :math:`\nu` (default True).
         precision: of float32 products: "highest", "high", "medium", or None for
@@ -74,7 +74,7 @@ class PolarGrad(MatrixOptimizer):
         weight_decay: float | Tensor = 0.0,
         momentum: float = 0.95,
         polar_first: bool = False,
-        method: str | Callable[[Tensor], Tensor] = "qdwh",
+        method: str | Callable[[Tensor], Tensor] = "auto",
         *,
         nuclear_scale: bool = True,
         precision: str | None = None,
