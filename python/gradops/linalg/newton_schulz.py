@@ -1,5 +1,6 @@
 """Newton-Schulz iteration towards the polar factor, as one kernel per call."""
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -76,7 +77,7 @@ def newton_schulz(x: Tensor, steps: int = 5, *, coefficients: str | Sequence[Seq
     aol = coefficients == "aol"
     if not aol:
         table = with_margin(table, eps)
-    if form != "gram" and not needs_derivative(x) and (products := _kernel_products(x, precision)) is not None:
+    if form != "gram" and not needs_derivative(x) and (products := _kernel_products(x, steps, precision)) is not None:
         return _op(_aol(_normalize(x)) if aol else x, [k for abc in table for k in abc], not aol, products)
     elongated = max(x.shape[-2:]) >= 2 * min(x.shape[-2:])
     if form == "gram" or (form == "auto" and elongated and not needs_derivative(x)):
@@ -86,15 +87,20 @@ def newton_schulz(x: Tensor, steps: int = 5, *, coefficients: str | Sequence[Seq
 
 def polynomials(x: Tensor, table: Coefficients) -> Tensor:
     """The steps alone, in x's precision, for x in float32 or float64 with singular values of at most 1."""
-    if (products := _kernel_products(x, "highest")) is not None:
+    if (products := _kernel_products(x, len(table), "highest")) is not None:
         return _op(x, [k for abc in table for k in abc], False, products)
     return _standard_steps(x.flatten(0, -3), table).reshape(x.shape)
 
 
-def _kernel_products(x: Tensor, precision: str) -> int | None:
-    """How the kernel should multiply, or None where there is no kernel for x."""
+@functools.cache
+def _level() -> str:
+    return torch.ops.gradops.isa()
+
+
+def _kernel_products(x: Tensor, steps: int, precision: str) -> int | None:
+    """How the kernel should multiply, or None where torch's products are used."""
     if x.device.type == "cpu":
-        level = torch.ops.gradops.isa()
+        level = _level()
         if level in ("v2", "v3", "v4") or x.dtype in (torch.float64, torch.float16):
             return _FULL
         if x.dtype == torch.bfloat16 or precision == "medium":
@@ -102,8 +108,23 @@ def _kernel_products(x: Tensor, precision: str) -> int | None:
         # Without tiles, three bfloat16 products cost more than one in float32.
         return _BF16X3 if precision == "high" and level.startswith("amx") else _FULL
     if x.device.type == "cuda" and x.dtype != torch.float64 and min(x.shape[-2:]) <= 256:
-        return _FULL if x.dtype != torch.float32 else {"highest": _FULL, "high": _BF16X3, "medium": _BF16}[precision]
+        by_precision = {"highest": _FULL, "high": _BF16X3, "medium": _BF16}
+        products = by_precision[precision] if x.dtype == torch.float32 else _BF16  # 16 bits: in their own type
+        return products if _one_launch_pays(x, steps, products) else None
     return None
+
+
+def _one_launch_pays(x: Tensor, steps: int, products: int) -> bool:
+    """The CUDA kernel gives a matrix to one multiprocessor; torch gives it to all, in several launches per step.
+
+    The rates (FLOP/s of one multiprocessor) and the cost of a launch are estimates, good to a factor of two or so.
+    """
+    short, long = sorted(x.shape[-2:])
+    batch = x.numel() // max(short * long, 1)
+    waves = -(-batch // torch.cuda.get_device_properties(x.device).multi_processor_count)
+    rate = {_BF16: 3e12, _BF16X3: 1e12, _FULL: 2.5e11}[products]
+    kernel = waves * 2 * steps * (3 * short * short * long + short**3) / rate
+    return kernel < (4 * steps + 6) * 5e-6
 
 
 def _normalize(x: Tensor) -> Tensor:
