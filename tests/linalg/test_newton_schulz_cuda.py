@@ -55,10 +55,8 @@ def random(shape, dtype=torch.float32, device="cpu"):
 
 
 @pytest.fixture
-def op(backend):
-    device, ops = backend
-    if device == "cpu" and ops is torch.ops.gradops:
-        pytest.skip("CUDA only")
+def op(cuda_backend):
+    device, ops = cuda_backend
     return device, lambda x, coefficients=QUINTIC, normalize=True, products=FULL: ops.newton_schulz(
         x, list(coefficients), normalize, products)
 
