@@ -73,7 +73,7 @@ def _auto(x: Tensor) -> Tensor:
     m, n = x.shape[-2:]
     steps = 8
     if m < 2 * n:
-        if n > 256:
+        if n > 256 and x.dtype == torch.float64:  # no faster than the SVD
             return _svd(x)
         smallest = 0.03 / n**1.5  # relative to the Frobenius norm; one square Gaussian matrix in 30 is below
         steps += max(0, math.ceil(math.log(1e-3 / smallest, 4.1)))
