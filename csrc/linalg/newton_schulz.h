@@ -16,6 +16,9 @@ struct NewtonSchulzSteps {
   static constexpr int kMost = 32;
   double a[kMost], b[kMost], c[kMost];
   int steps = 0;
+  // Above 1, the Gram form (CPU, full products): this many polynomials at a time are multiplied
+  // together as functions of A, and then applied to X once. Fewer operations for elongated matrices.
+  int restart = 0;
 };
 
 // How products are computed. CPU only; the iterates are stored accordingly.

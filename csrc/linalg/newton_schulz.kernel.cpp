@@ -4,7 +4,11 @@
 // panels (linalg/simd_gemm.h). One step is
 //   A = Y^T Y,   B = b A + c A A,   Y <- a Y + Y B
 // A and B are symmetric: blocks on and below the diagonal are computed and mirrored.
-// Phases: sums of squares, packing, three per step, unpacking.
+//
+// The Gram form takes a few steps at a time. Everything but Y is a polynomial of the first A, so all
+// of it commutes and every product of two is symmetric as well:
+//   P = a I + b A + c A A,   Q <- P Q,   A <- P A P,   and after the last of them Y <- Y Q
+// Phases: sums of squares, packing, those of the steps, unpacking.
 #include "linalg/newton_schulz.h"
 
 #include "common/widen.h"
@@ -28,7 +32,7 @@ template <class T>
 struct Arrays {
   int64_t l, s;
   bool wide;
-  Panels<T> y, a, b;
+  Panels<T> y, a, b, half, q[2];  // the last three for the Gram form
   Squares* squares;
   int64_t bytes;
 
@@ -38,9 +42,11 @@ struct Arrays {
     y = {memory, l, s};
     a = {y.data + y.size(), s, s};
     b = {a.data + a.size(), s, s};
-    squares = reinterpret_cast<Squares*>(b.data + b.size());
-    bytes =
-        (2 * a.size() + y.size()) * int64_t(sizeof(T)) + chunks(t.rows * t.cols, kNormChunk) * int64_t(sizeof(Squares));
+    T* end = b.data + b.size();
+    if (t.steps->restart > 1)
+      for (Panels<T>* m : {&half, &q[0], &q[1]}) *m = {end, s, s}, end += m->size();
+    squares = reinterpret_cast<Squares*>(end);
+    bytes = reinterpret_cast<char*>(squares + chunks(t.rows * t.cols, kNormChunk)) - workspace;
   }
 };
 
@@ -178,27 +184,55 @@ void unpack(const Arrays<T>& m, Out* out, int64_t first, int64_t last) {
     }
 }
 
+enum Kind { norm, packing, gram, square, collect, halve, renew, update, unpacking };
+struct Phase {
+  Kind kind;
+  int step = 0;      // of all
+  int number = 0;    // of the steps taken together
+  int together = 1;  // 1: the standard form
+};
+
+Phase phase_of(const NewtonSchulzTask& t, int phase) {
+  if (phase < 2) return {Kind(phase)};
+  phase -= 2;
+  const int steps = t.steps->steps, most = t.steps->restart > 1 ? t.steps->restart : 1;
+  for (int first = 0; first < steps; first += most) {
+    const int n = steps - first < most ? steps - first : most;
+    const auto next = [&phase] { return phase-- == 0; };
+    if (next()) return {gram, first, 0, n};
+    for (int j = 0; j < n; ++j) {
+      if (next()) return {square, first + j, j, n};
+      if (j > 0 && next()) return {collect, first + j, j, n};
+      if (j < n - 1 && next()) return {halve, first + j, j, n};
+      if (j < n - 1 && next()) return {renew, first + j, j, n};
+    }
+    if (next()) return {update, first + n - 1, n - 1, n};
+  }
+  return {unpacking};
+}
+
 template <class T>
 struct Engine {
-  enum Kind { norm, packing, gram, square, update, unpacking };
-  static Kind kind(const NewtonSchulzTask& t, int phase) {
-    return phase < 2 ? Kind(phase) : phase == phases(t) - 1 ? unpacking : Kind(gram + (phase - 2) % 3);
+  static int phases(const NewtonSchulzTask& t) {
+    int count = 2;
+    while (phase_of(t, count).kind != unpacking) ++count;
+    return count + 1;
   }
-  static double c(const NewtonSchulzTask& t, int phase) { return t.steps->c[(phase - 2) / 3]; }
-
-  static int phases(const NewtonSchulzTask& t) { return 2 + 3 * t.steps->steps + 1; }
   static int64_t units(const NewtonSchulzTask& t, int phase) {
     const Arrays<T> m(t, nullptr);
-    const int64_t triangle = m.a.blocks() * (m.a.blocks() + 1) / 2;
-    switch (kind(t, phase)) {
+    const Phase what = phase_of(t, phase);
+    switch (what.kind) {
       case norm:
         return chunks(t.rows * t.cols, kNormChunk);
-      case gram:
-        return triangle;
-      case square:
-        return c(t, phase) == 0 ? 0 : triangle;  // B = b A is left to the update
-      default:
+      case packing:
+      case update:
+      case unpacking:
         return chunks(m.l, kRowChunk);
+      case square:  // B = b A is left to the update
+        if (what.together == 1 && t.steps->c[what.step] == 0) return 0;
+        [[fallthrough]];
+      default:
+        return m.a.blocks() * (m.a.blocks() + 1) / 2;
     }
   }
   static int64_t workspace_bytes(const NewtonSchulzTask& t) { return Arrays<T>(t, nullptr).bytes; }
@@ -208,7 +242,8 @@ struct Engine {
 
   static void run(const NewtonSchulzTask& t, char* workspace, char* scratch, int phase, int64_t begin, int64_t end) {
     const Arrays<T> m(t, workspace);
-    const Kind what = kind(t, phase);
+    const Phase now = phase_of(t, phase);
+    const Kind what = now.kind;
     const int64_t first = begin * kRowChunk, last = end * kRowChunk < m.l ? end * kRowChunk : m.l;
     if (what == norm) {
       with_stored_type<T>(t, [&](auto* in) {
@@ -222,26 +257,52 @@ struct Engine {
     } else if (what == unpacking) {
       with_stored_type<T>(t, [&]<class Out>(const Out*) { unpack(m, static_cast<Out*>(t.out), first, last); });
     } else {
-      flushing_denormals([&] { step(t, m, reinterpret_cast<T*>(scratch), what, (phase - 2) / 3, begin, end); });
+      flushing_denormals([&] { step(t, m, reinterpret_cast<T*>(scratch), now, begin, end); });
     }
   }
 
-  static void step(const NewtonSchulzTask& t, const Arrays<T>& m, T* scratch, Kind what, int number, int64_t begin,
+  static void step(const NewtonSchulzTask& t, const Arrays<T>& m, T* scratch, const Phase& now, int64_t begin,
                    int64_t end) {
-    const T a = T(t.steps->a[number]), b = T(t.steps->b[number]), c = T(t.steps->c[number]);
-    if (what == update) {
-      for (int64_t first = begin * kRowChunk; first < end * kRowChunk && first < m.l; first += kRowChunk)
-        times_block(m.y, first, first + kRowChunk < m.l ? first + kRowChunk : m.l, a, c == 0 ? m.a : m.b,
-                    c == 0 ? b : T(1), scratch);
+    const T a = T(t.steps->a[now.step]), b = T(t.steps->b[now.step]), c = T(t.steps->c[now.step]);
+    const bool standard = now.together == 1;
+    // P of the first step is the first Q; later it needs a place of its own.
+    const Panels<T>& p = !standard && now.number == 0 ? m.q[0] : m.b;
+    const Panels<T>&q = m.q[now.number & 1], &q_before = m.q[1 - (now.number & 1)];
+    if (now.kind == update) {
+      for (int64_t first = begin * kRowChunk; first < end * kRowChunk && first < m.l; first += kRowChunk) {
+        const int64_t last = first + kRowChunk < m.l ? first + kRowChunk : m.l;
+        if (!standard)
+          times_block(m.y, first, last, T(0), q, T(1), scratch);
+        else if (c == 0)
+          times_block(m.y, first, last, a, m.a, b, scratch);
+        else
+          times_block(m.y, first, last, a, m.b, T(1), scratch);
+      }
       return;
     }
+    const Panels<T>* const none = nullptr;
     int64_t bi = 0, before = 0;  // block row, blocks above it
     for (int64_t unit = begin; unit < end; ++unit) {
       while (before + bi + 1 <= unit) before += ++bi;
-      if (what == gram)
-        gram_block<T>(m.y, bi, unit - before, 0, nullptr, 1, m.a);
-      else
-        gram_block<T>(m.a, bi, unit - before, b, &m.a, c, m.b);
+      const int64_t bj = unit - before;
+      switch (now.kind) {
+        case gram:
+          symmetric_block(m.y, m.y, bi, bj, T(0), none, T(1), m.a);
+          break;
+        case square:
+          symmetric_block(m.a, m.a, bi, bj, b, &m.a, c, p);
+          if (!standard && bi == bj)
+            for (int64_t i = bi * kBlock<T>; i < (bi + 1) * kBlock<T> && i < m.s; ++i) *p.at(i, i) += a;
+          break;
+        case collect:
+          symmetric_block(p, q_before, bi, bj, T(0), none, T(1), q);
+          break;
+        case halve:
+          symmetric_block(p, m.a, bi, bj, T(0), none, T(1), m.half);
+          break;
+        default:  // renew
+          symmetric_block(p, m.half, bi, bj, T(0), none, T(1), m.a);
+      }
     }
   }
 

@@ -7,7 +7,8 @@
 namespace gradops {
 namespace {
 
-Tensor newton_schulz(const Tensor& x_in, std::vector<double> coefficients, bool normalize, int64_t products) {
+Tensor newton_schulz(const Tensor& x_in, std::vector<double> coefficients, bool normalize, int64_t products,
+                     int64_t restart) {
   NewtonSchulzSteps steps;
   STD_TORCH_CHECK(x_in.dim() >= 2, "newton_schulz: x must have at least 2 dimensions, got ", x_in.dim());
   STD_TORCH_CHECK(coefficients.size() % 3 == 0 && coefficients.size() / 3 <= size_t(steps.kMost),
@@ -18,6 +19,10 @@ Tensor newton_schulz(const Tensor& x_in, std::vector<double> coefficients, bool 
     steps.b[steps.steps] = coefficients[i + 1];
     steps.c[steps.steps] = coefficients[i + 2];
   }
+  STD_TORCH_CHECK(restart >= 0 && restart <= steps.kMost, "newton_schulz: restart must be 0 to ", steps.kMost);
+  STD_TORCH_CHECK(restart == 0 || (products == 0 && GRADOPS_BACKEND_ID == 1),
+                  "newton_schulz: restart goes with full products on the CPU");
+  steps.restart = int(restart);
   const Scope scope(x_in);
   const Tensor x = torch::stable::contiguous(x_in);
   Tensor y = new_like(x);
@@ -37,6 +42,8 @@ Tensor newton_schulz(const Tensor& x_in, std::vector<double> coefficients, bool 
 
 }  // namespace
 
-GRADOPS_OP(newton_schulz, "newton_schulz(Tensor x, float[] coefficients, bool normalize, int products) -> Tensor")
+GRADOPS_OP(newton_schulz,
+           "newton_schulz(Tensor x, float[] coefficients, bool normalize, int products, int restart=0) "
+           "-> Tensor")
 
 }  // namespace gradops

@@ -110,11 +110,12 @@ inline void mirror(const Panels<T>& m, int64_t i, int64_t j) {
   for (int r = 0; r < W; ++r) vec_at(to + r * kPanel<T>) = block[r];
 }
 
-// Rows of block `bi` and columns of block `bj` <= `bi`, and their mirror image, of
-//   out = alpha * base + beta * m^T m      (no base: alpha is 0)
+// Rows of block `bi` and columns of block `bj` <= `bi`, and their mirror image, of the symmetric
+//   out = alpha * base + beta * m^T n      (no base: alpha is 0)
+// where n is m, or both are symmetric and commute.
 template <class T>
-inline void gram_block(const Panels<T>& m, int64_t bi, int64_t bj, T alpha, const Panels<T>* base, T beta,
-                       const Panels<T>& out) {
+inline void symmetric_block(const Panels<T>& m, const Panels<T>& n, int64_t bi, int64_t bj, T alpha,
+                            const Panels<T>* base, T beta, const Panels<T>& out) {
   constexpr int W = kLanes<T>, P = kPanel<T>;
   const int64_t first = bi * kBlock<T>, last = first + kBlock<T> < out.rows ? first + kBlock<T> : out.rows;
   const int64_t vectors = out.vectors();
@@ -126,7 +127,7 @@ inline void gram_block(const Panels<T>& m, int64_t bi, int64_t bj, T alpha, cons
           const int64_t row = i + r, upto = bi == bj ? (row + rows - 1) / W + 1 : vectors;
           T* to = out.at(row, p * P);
           tile_of<T, Left::by_columns, rows>((upto < vectors ? upto : vectors) - p * kTileVectors, m.at(k, row), 0,
-                                             m.at(k, p * P), depth, k ? T(1) : alpha,
+                                             n.at(k, p * P), depth, k ? T(1) : alpha,
                                              k      ? to
                                              : base ? base->at(row, p * P)
                                                     : nullptr,

@@ -27,8 +27,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def kernel(x, coefficients=QUINTIC, normalize=True):
-    return torch.ops.gradops.newton_schulz(x, coefficients, normalize, 0)
+def kernel(x, coefficients=QUINTIC, normalize=True, restart=0):
+    return torch.ops.gradops.newton_schulz(x, coefficients, normalize, 0, restart)
 
 
 def reference(x, coefficients=QUINTIC, normalize=True):
@@ -78,6 +78,31 @@ def test_cpu_without_normalization_and_without_square_term(shape, dtype):
     assert close(kernel(x, QUINTIC[:3], False), reference(x, QUINTIC[:3], False))
     assert close(kernel(x, CUBIC), reference(x, CUBIC))
     assert close(kernel(x, []), reference(x, []))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (7, 40), (65, 200), (200, 65), (3, 130, 300)])
+@pytest.mark.parametrize("restart", [1, 2, 3])
+def test_cpu_gram_form(shape, dtype, restart):
+    x = gaussian(*shape, dtype=dtype)
+    y = kernel(x, QUINTIC, True, restart)
+    want = reference(x)
+    slack = 10 if dtype in (torch.float32, torch.float64) and restart > 1 else 1  # small singular values lose digits
+    assert ((y.double() - want).norm() / want.norm()).item() <= slack * TOLERANCE[dtype]
+    if restart == 1:
+        assert torch.equal(y, kernel(x))
+
+
+def test_cpu_gram_form_without_square_term_nan_and_threads():
+    x = gaussian(3, 130, 300)
+    assert close(kernel(x, CUBIC, True, 3), reference(x, CUBIC))
+    want = kernel(x, QUINTIC, True, 3)
+    x[1, 2, 3] = torch.nan
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        y = kernel(x, QUINTIC, True, 3)
+        assert y[1].isnan().all() and torch.equal(y[[0, 2]], want[[0, 2]])
+        assert torch.equal(kernel(x[2], QUINTIC, True, 3), want[2])
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 4, 0), (0, 0)])

@@ -47,9 +47,10 @@ def _compute(x: Tensor, method: str, precision: str | None) -> Tensor:
         case "zolo":
             return _zolo(x)
         case "newton_schulz":  # converges from singular values above about 1e-4 of the norm
-            return newton_schulz(x, 22, coefficients=[(1.875, -1.25, 0.375)], precision=precision)
+            return newton_schulz(x, 22, coefficients=[(1.875, -1.25, 0.375)], form="standard",
+                                 precision=precision)
         case "polar_express":
-            return newton_schulz(x, 10, coefficients=_polar_express(10), precision=precision)
+            return newton_schulz(x, 10, coefficients=_polar_express(10), form="standard", precision=precision)
     return _qdwh(x) if x.is_cuda else _auto(x)
 
 
@@ -73,11 +74,12 @@ def _auto(x: Tensor) -> Tensor:
     m, n = x.shape[-2:]
     steps = 8
     if m < 2 * n:
-        if n > 256 and x.dtype == torch.float64:  # no faster than the SVD
+        # Beyond, polynomials are no faster than the SVD in float64, and no more accurate in float32.
+        if n > (256 if x.dtype == torch.float64 else 512):
             return _svd(x)
         smallest = 0.03 / n**1.5  # relative to the Frobenius norm; one square Gaussian matrix in 30 is below
         steps += max(0, math.ceil(math.log(1e-3 / smallest, 4.1)))
-    u = newton_schulz(x, steps, coefficients=_polar_express(steps), precision="highest")
+    u = newton_schulz(x, steps, coefficients=_polar_express(steps), form="standard", precision="highest")
     good = _orthonormal(u) & _symmetric(u, x)
     if not bool(good.all()):
         u[~good] = _svd(x[~good])
