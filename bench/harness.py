@@ -171,7 +171,7 @@ def machine(settings: Settings) -> dict[str, Any]:
     """What the figures depend on."""
     info: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -77,7 +77,7 @@ def newton_schulz(settings: Settings) -> Iterator[Case]:
                 flops[torch.bfloat16] = 3 * work
             yield Case(
                 "newton_schulz", label(shape), dtype, variant=precision or "",
-                ours=lambda x=x, p=precision: linalg.newton_schulz(x, 5, coefficients="simple", precision=p),
+                ours=lambda x=x, p=precision: linalg.newton_schulz(x, 5, coefficients="simple", eps=0.0, precision=p),
                 reference=lambda x=x: torch_newton_schulz(x),
                 peers={"Muon loop": lambda x=x: _muon_loop(x)} if dtype == torch.bfloat16 else {},
                 flops=flops, bytes=2 * _bytes(x),
