@@ -23,6 +23,18 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 }  // namespace
 
+NewtonSchulzSteps newton_schulz_steps(const double* coefficients, int64_t count) {
+  NewtonSchulzSteps steps;
+  if (count % 3 != 0 || count / 3 > steps.kMost)
+    throw std::invalid_argument("newton_schulz: coefficients must be 3 per step, for at most 32 steps");
+  for (; steps.steps < count / 3; ++steps.steps, coefficients += 3) {
+    steps.a[steps.steps] = coefficients[0];
+    steps.b[steps.steps] = coefficients[1];
+    steps.c[steps.steps] = coefficients[2];
+  }
+  return steps;
+}
+
 // Enough matrices keep every thread busy with one of its own, in its own cache. Fewer than that are
 // taken one after the other, and the threads share each phase.
 void cpu::newton_schulz(const void* in, void* out, Element element, int64_t batch, int64_t rows, int64_t cols,

@@ -21,7 +21,11 @@ struct NewtonSchulzSteps {
   int restart = 0;
 };
 
-// How products are computed. CPU only; the iterates are stored accordingly.
+// From (a, b, c) per step, one after the other. Throws std::invalid_argument unless they are `count / 3`
+// whole steps, at most kMost.
+NewtonSchulzSteps newton_schulz_steps(const double* coefficients, int64_t count);
+
+// How products are computed, and in what form iterates are stored.
 enum class NewtonSchulzProducts : int {
   full,    // in float (double for f64 input)
   bf16x3,  // each number as a sum of two bf16, three products (two-part splitting)

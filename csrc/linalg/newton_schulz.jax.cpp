@@ -7,13 +7,7 @@ using namespace gradops::jax;
 
 static ffi::Error newton_schulz(ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y, ffi::Span<const double> coefficients,
                                 int64_t products) {
-  gradops::NewtonSchulzSteps steps;
-  if (coefficients.size() > 3 * size_t(steps.kMost)) return ffi::Error::InvalidArgument("too many steps");
-  for (size_t i = 0; i + 2 < coefficients.size(); i += 3, ++steps.steps) {
-    steps.a[steps.steps] = coefficients[i];
-    steps.b[steps.steps] = coefficients[i + 1];
-    steps.c[steps.steps] = coefficients[i + 2];
-  }
+  const auto steps = gradops::newton_schulz_steps(coefficients.begin(), int64_t(coefficients.size()));
   const Matrices m(x);
   gradops::cpu::newton_schulz(x.untyped_data(), y->untyped_data(), m.element, m.batch, m.rows, m.cols, steps, true,
                               gradops::NewtonSchulzProducts(products));

@@ -9,16 +9,9 @@ namespace {
 
 Tensor newton_schulz(const Tensor& x_in, std::vector<double> coefficients, bool normalize, int64_t products,
                      int64_t restart) {
-  NewtonSchulzSteps steps;
   STD_TORCH_CHECK(x_in.dim() >= 2, "newton_schulz: x must have at least 2 dimensions, got ", x_in.dim());
-  STD_TORCH_CHECK(coefficients.size() % 3 == 0 && coefficients.size() / 3 <= size_t(steps.kMost),
-                  "newton_schulz: coefficients must be 3 per step, for at most ", steps.kMost, " steps");
+  NewtonSchulzSteps steps = newton_schulz_steps(coefficients.data(), int64_t(coefficients.size()));
   STD_TORCH_CHECK(products >= 0 && products <= 2, "newton_schulz: products must be 0, 1 or 2, got ", products);
-  for (size_t i = 0; i < coefficients.size(); i += 3, ++steps.steps) {
-    steps.a[steps.steps] = coefficients[i];
-    steps.b[steps.steps] = coefficients[i + 1];
-    steps.c[steps.steps] = coefficients[i + 2];
-  }
   STD_TORCH_CHECK(restart >= 0 && restart <= steps.kMost, "newton_schulz: restart must be 0 to ", steps.kMost);
   STD_TORCH_CHECK(restart == 0 || (products == 0 && GRADOPS_BACKEND_ID == 1),
                   "newton_schulz: restart goes with full products on the CPU");

@@ -31,13 +31,7 @@ int64_t cols(const In& x) { return int64_t(x.shape(x.ndim() - 1)); }
 int64_t batch(const In& x) { return x.size() == 0 ? 0 : int64_t(x.size()) / (rows(x) * cols(x)); }
 
 void newton_schulz(In x, Out y, const std::vector<double>& coefficients) {
-  gradops::NewtonSchulzSteps steps;
-  if (coefficients.size() > 3 * size_t(steps.kMost)) throw std::invalid_argument("too many steps");
-  for (size_t i = 0; i + 2 < coefficients.size(); i += 3, ++steps.steps) {
-    steps.a[steps.steps] = coefficients[i];
-    steps.b[steps.steps] = coefficients[i + 1];
-    steps.c[steps.steps] = coefficients[i + 2];
-  }
+  const auto steps = gradops::newton_schulz_steps(coefficients.data(), int64_t(coefficients.size()));
   const nb::gil_scoped_release unlock;
   gradops::cpu::newton_schulz(x.data(), y.data(), element(x), batch(x), rows(x), cols(x), steps, true,
                               gradops::NewtonSchulzProducts::full);
