@@ -1,17 +1,54 @@
 """Checks that public functions share; each error names the argument, what it was and what is expected."""
+from typing import Any
+
 import torch
 from torch import Tensor
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_matrix(x: Tensor, name: str) -> None:
-    """x must be a dense real floating-point tensor (..., m, n)."""
+def check_tensor(x: Any, name: str) -> None:
+    """x must be a dense tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+
+
+def check_floating(x: Any, name: str) -> None:
+    """x must be a dense real floating-point tensor."""
+    check_tensor(x, name)
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+
+
+def check_matrix(x: Any, name: str) -> None:
+    """x must be a dense real floating-point tensor (..., m, n)."""
+    check_floating(x, name)
     if x.dim() < 2:
         raise ValueError(f"{name} must have at least 2 dimensions (..., m, n), got shape {tuple(x.shape)}")
+
+
+def check_integers(x: Any, name: str) -> None:
+    """x must be a dense int32 or int64 tensor."""
+    check_tensor(x, name)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
+
+
+def check_like(x: Any, name: str, y: Tensor, other: str) -> None:
+    """x must be a tensor with the shape and the device of y, the argument `other`."""
+    check_tensor(x, name)
+    if x.shape != y.shape:
+        raise ValueError(f"{name} must have the shape of {other}, {tuple(y.shape)}, got {tuple(x.shape)}")
+    check_device(x, name, y, other)
+
+
+def check_device(x: Tensor, name: str, y: Tensor, other: str) -> None:
+    if x.device != y.device:
+        raise ValueError(f"{name} must be on the device of {other}, {y.device}, got {x.device}")
+
+
+def check_one_of(x: Any, name: str, choices: tuple[Any, ...]) -> None:
+    if x not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {x!r}")

@@ -29,6 +29,17 @@ def primals(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [forward_ad.unpack_dual(t).primal for t in tensors]
 
 
+def refuse_derivative(function: str, **tensors: Tensor | None) -> None:
+    """For functions whose results are constants of the training loss: raises where a derivative is asked for."""
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None  # type: ignore[attr-defined]
+        if tangent or (torch.is_grad_enabled() and t.requires_grad):
+            raise RuntimeError(f"{function}: {name} asks for a derivative, which {function} does not have; "
+                               f"pass {name}.detach()")
+
+
 def register(name: str, *, fake: Callable[..., Any], vmap: bool = True) -> Callable[..., Any]:
     """Completes `torch.ops.gradops.<name>` and returns the callable for use inside this package.
 

@@ -1,0 +1,4 @@
+"""Policy-gradient operations. `reference` holds the same functions in plain PyTorch."""
+from . import reference
+
+__all__ = ["reference"]

@@ -1,0 +1,22 @@
+import torch
+
+from gradops import linalg
+
+from . import Call
+
+COEFFICIENTS = [2.0, -1.5, 0.5] * 3
+
+
+def spd(x):
+    return x @ x.mT + torch.eye(x.shape[-2], dtype=x.dtype)
+
+
+CALLS = {
+    "row_norm": Call(lambda x: (x, 1e-8, True), lambda x: linalg.row_norm(x, center=True)),
+    "nuclear_scale": Call(lambda x: (x, x + 1), lambda x: linalg.nuclear_scale(x, x + 1)),
+    "newton_schulz": Call(lambda x: (x, COEFFICIENTS, True, 0), lambda x: linalg.newton_schulz(x, 3)),
+    # These orchestrate torch's own ops: their bits are torch's.
+    "polar": Call(lambda x: (x, "right", "auto", True, "highest"), lambda x: linalg.polar(x)[0], own_bits=False),
+    "inv_sqrt": Call(lambda x: (spd(x), 0.0), lambda x: linalg.inv_sqrt(spd(x)), own_bits=False),
+    "one_sided_factor": Call(lambda x: (x.mT, 1e-8), lambda x: linalg.one_sided_polar(x.mT), own_bits=False),
+}
