@@ -27,11 +27,6 @@ double lanes_sum(Floats x) {
   for (int i = 0; i < kWide; ++i) s += double(x[i]);
   return s;
 }
-float lanes_top(Floats x) {
-  float top = x[0];
-  for (int i = 1; i < kWide; ++i) top = x[i] > top ? x[i] : top;
-  return top;
-}
 
 // --- logits of 4 bytes and less: float vectors -------------------------------------------------------------------
 
@@ -59,11 +54,11 @@ float top_of(const T* x, int64_t n) {  // n: of pairs of vectors
     const Two v = load(x + i);
     a = larger(v.a, a), b = larger(v.b, b);
   }
-  return lanes_top(larger(a, b));
+  return top_lane(larger(a, b));
 }
 
-// One pass: the largest entry is not known before, so exponents are taken from an earlier run's. Where an entry of
-// this run is more than kSlack above that, the run is done once more.
+// One pass: the largest entry is not known before, so exponents are taken from an earlier run's largest. Where a run's
+// sums tell that one of its entries is far above, it is done once more.
 template <int kMode, bool kCapped, class T>
 class RowPart {
  public:
@@ -96,15 +91,11 @@ class RowPart {
   // The longest row of additions in float: that of a run, kRun / kPair, and then kRunsInFloat.
   static constexpr int64_t kRun = 32 * kPair;
   static constexpr int kRunsInFloat = 16;
-  static constexpr float kSlack = 4;  // nats
+  static constexpr float kFar = 1024;  // no sum of a lane reaches it unless an entry is above the base
 
   Floats capped(Floats x) const {
     Floats slope;
     return kCapped ? cap_(x, slope) : x;
-  }
-  void set_base(float top) {
-    base_ = capped(all(top))[0];
-    limit_ = base_ + kSlack / float(inverse_);
   }
 
   void visit(const T* x, int64_t n) {
@@ -115,33 +106,28 @@ class RowPart {
           if (widen(x[i]) != widen(x[i])) part_.sum = __builtin_nan("");
         return;
       }
-      set_base(top);
+      base_ = capped(all(top))[0];
     }
-    Sums s;
-    const float top = run(x, n, s);
-    if (kCapped ? capped(all(top))[0] > limit_ : top > limit_) {
+    Sums s = run(x, n);
+    if (top_lane(larger(s.sum, Floats{})) > kFar) {
       close();
-      set_base(top);
-      s = Sums();
-      run(x, n, s);
+      base_ = capped(all(top_of(x, n)))[0];
+      s = run(x, n);
     }
     sums_ += s;
   }
 
-  float run(const T* x, int64_t n, Sums& s) const {
+  Sums run(const T* x, int64_t n) const {
     Sums a, b;
     const Floats base = all(base_);
-    Floats top_a = all(-float(kInfinity)), top_b = top_a;
 #pragma GCC unroll 2
     for (int64_t i = 0; i < n; i += kPair) {
       const Two v = load(x + i);
-      top_a = larger(v.a, top_a), top_b = larger(v.b, top_b);
       add<kMode>(a, (capped(v.a) - base) * rate_);
       add<kMode>(b, (capped(v.b) - base) * rate_);
     }
     a += b;
-    s = a;
-    return lanes_top(larger(top_a, top_b));
+    return a;
   }
 
   void to_double() {
@@ -160,7 +146,7 @@ class RowPart {
   const Cap cap_;
   const Floats rate_;
   const double inverse_;
-  float base_ = 0, limit_ = 0;
+  float base_ = 0;
   Sums sums_;
   SoftmaxPart now_{}, part_{};
 };

@@ -55,8 +55,16 @@ typedef uint32_t LooseWords __attribute__((vector_size(kVectorBytes), may_alias,
   const Words w = *reinterpret_cast<const LooseWords*>(x);
   return {widened_half(w & 0xffffu), widened_half(w >> 16)};
 }
+[[gnu::always_inline]] inline Words narrowed_to_half(Floats x) {  // narrow(F16), for vectors
+  const Words bits = words_of(x), magnitude = bits & 0x7fffffffu;
+  const Words normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  const Words subnormal = words_of(floats_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const Words small = magnitude < (113u << 23) ? subnormal : normal;
+  const Words finite = magnitude >= (143u << 23) ? Words{} + 0x7c00u : small;
+  return (bits >> 16 & 0x8000u) | (magnitude > 0x7f800000u ? Words{} + 0x7e00u : finite);
+}
 [[gnu::always_inline]] inline void store(Two v, F16* x) {
-  for (int i = 0; i < kWide; ++i) narrow(v.a[i], x[2 * i]), narrow(v.b[i], x[2 * i + 1]);
+  *reinterpret_cast<LooseWords*>(x) = narrowed_to_half(v.a) | narrowed_to_half(v.b) << 16;
 }
 
 // x > than ? x : than, lane by lane. In so many words the compiler makes it a compare and a blend.
@@ -72,15 +80,26 @@ typedef uint32_t LooseWords __attribute__((vector_size(kVectorBytes), may_alias,
 #endif
 }
 
+template <int H, int... N>
+[[gnu::always_inline]] inline Floats fold_larger(Floats x, std::integer_sequence<int, N...> lanes) {
+  x = larger(x, __builtin_shufflevector(x, x, (N ^ H)...));
+  if constexpr (H > 1) return fold_larger<H / 2>(x, lanes);
+  return x;
+}
+// The largest lane of x, which has no NaN
+[[gnu::always_inline]] inline float top_lane(Floats x) {
+  return fold_larger<kWide / 2>(x, std::make_integer_sequence<int, kWide>())[0];
+}
+
 constexpr float kLowest = -124.f;  // exp2_of gives 2^kLowest or 0 for all that is lower
 constexpr float kNothing = 0x1p-124f;
 
-// 2^y for y < 128; exactly 1 at 0. 2^r = 1 + r q(r) for |r| <= 1/2, with q of least relative error: 9e-8.
+// 2^y; exactly 1 at 0, and something huge for y > 126. 2^r = 1 + r q(r) for |r| <= 1/2, with q of least relative error: 9e-8.
 [[gnu::always_inline]] inline Floats exp2_of(Floats y) {
 #if defined(__AVX512F__)
   const Floats n = __builtin_ia32_rndscaleps_mask(y, 8, y, 0xffff, 4), r = y - n;
 #else
-  y = larger(all(kLowest), y);
+  y = -larger(all(-126), -larger(all(kLowest), y));
   const Floats shifted = y + 0x1.8p23f, r = y - (shifted - 0x1.8p23f);  // n in the low bits
 #endif
   Floats p = 0x1.5bba14p-10f * r + 0x1.3cea88p-7f;
