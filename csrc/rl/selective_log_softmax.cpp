@@ -59,7 +59,9 @@ void cpu::selective_log_softmax(const LogSoftmaxTask& t, void* workspace, void*)
                [&, kernel = GRADOPS_DISPATCH(log_softmax_finish)](int64_t b, int64_t e) { kernel(t, b, e, parts); });
 }
 
-void cpu::selective_log_softmax_backward(const LogSoftmaxGradTask& t, void*) {
+int64_t cpu::selective_log_softmax_backward_workspace(const LogSoftmaxGradTask&) { return 0; }
+
+void cpu::selective_log_softmax_backward(const LogSoftmaxGradTask& t, void*, void*) {
   check_keep_sets(t);
   if (t.grad != t.logits) prefer_huge_pages(t.grad, t.rows * t.cols * element_size(t.element));
   parallel_for(0, t.rows * softmax_chunks(t), grain(t),

@@ -56,11 +56,13 @@ GRADOPS_DECLARE(void, log_softmax_grad, const LogSoftmaxGradTask&, int64_t begin
 namespace cpu {
 void selective_log_softmax(const LogSoftmaxTask&, void* workspace, void* = nullptr);  // throws for a bad index
 int64_t selective_log_softmax_workspace(const LogSoftmaxTask&);                       // bytes
-void selective_log_softmax_backward(const LogSoftmaxGradTask&, void* = nullptr);
+void selective_log_softmax_backward(const LogSoftmaxGradTask&, void* workspace, void* = nullptr);
+int64_t selective_log_softmax_backward_workspace(const LogSoftmaxGradTask&);
 }  // namespace cpu
 namespace cuda {
 void selective_log_softmax(const LogSoftmaxTask&, void* workspace, void* stream);
 int64_t selective_log_softmax_workspace(const LogSoftmaxTask&);
-void selective_log_softmax_backward(const LogSoftmaxGradTask&, void* stream);
+void selective_log_softmax_backward(const LogSoftmaxGradTask&, void* workspace, void* stream);
+int64_t selective_log_softmax_backward_workspace(const LogSoftmaxGradTask&);
 }  // namespace cuda
 }  // namespace gradops

@@ -127,7 +127,9 @@ void backward(const Inputs& in, Tensor& out, const Tensor& lse, const Maybe& ent
                                 doubles(g_logp),
                                 doubles(g_lse),
                                 doubles(g_entropy)};
-  if (in.rows > 0) backend::selective_log_softmax_backward(task, stream);
+  if (in.rows == 0) return;
+  const Workspace memory(in.logits, backend::selective_log_softmax_backward_workspace(task));
+  backend::selective_log_softmax_backward(task, memory.data(), stream);
 }
 
 Tensor selective_log_softmax_backward(const Tensor& logits, const Tensor& index, const Maybe& keep_ids,

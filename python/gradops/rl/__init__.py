@@ -1,5 +1,6 @@
 """Policy-gradient operations. `reference` holds the same functions in plain PyTorch."""
 from . import reference
 from .selective_log_softmax import selective_log_softmax
+from .top_p_keep import top_p_keep
 
-__all__ = ["reference", "selective_log_softmax"]
+__all__ = ["reference", "selective_log_softmax", "top_p_keep"]

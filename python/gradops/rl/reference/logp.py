@@ -43,10 +43,12 @@ def selective_log_softmax(logits: Tensor, index: Tensor, *, temperature: float =
 
 def top_p_keep(logits: Tensor, p: float, always_keep: Tensor | None = None, min_keep: int = 1,
                ) -> tuple[Tensor, Tensor]:
-    sorted_p, order = torch.sort(logits.softmax(-1), -1, descending=True, stable=True)
-    before = sorted_p.cumsum(-1) - sorted_p  # the mass of the likelier ones: below p, or this one is not needed
-    keep_sorted = before < p
+    ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    mass = ordered.softmax(-1)
+    before = mass.cumsum(-1) - mass  # of the likelier ones: if they reach p, this one is not needed
+    keep_sorted = before < p if p < 1 else ordered > -torch.inf
     keep_sorted[..., :min_keep] = True
+    keep_sorted |= mass.isnan().any(-1, keepdim=True)
     keep = torch.zeros_like(keep_sorted).scatter(-1, order, keep_sorted)
     if always_keep is not None:
         keep = keep.scatter(-1, always_keep.expand(*logits.shape[:-1], always_keep.shape[-1]), True)
