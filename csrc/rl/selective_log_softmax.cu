@@ -1,9 +1,8 @@
 // One block per row. Which thread sums which entries depends on the length of the row alone; sums are compensated in
 // the threads, then added in double in a fixed order.
-#include "rl/selective_log_softmax.h"
-
 #include "common/device_number.cuh"
 #include "common/reduce.cuh"
+#include "rl/selective_log_softmax.h"
 
 namespace gradops {
 namespace {
@@ -120,7 +119,8 @@ __global__ void __launch_bounds__(256) forward(const LogSoftmaxTask t) {
     const bool whole = !row.ids && aligned(row.x);
     A top = -A(INFINITY), slope;  // of cap(x)
     Compensated<A> sum, dot, squares, cubes;
-    for (int64_t first = int64_t(threadIdx.x) * kSize; first < row.count; first += int64_t(blockDim.x) * kSize * kPacks) {
+    for (int64_t first = int64_t(threadIdx.x) * kSize; first < row.count;
+         first += int64_t(blockDim.x) * kSize * kPacks) {
       A x[kPacks][kSize];
 #pragma unroll
       for (int p = 0; p < kPacks; ++p) row.load(first + int64_t(p) * blockDim.x * kSize, whole, x[p]);

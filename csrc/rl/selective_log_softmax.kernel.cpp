@@ -37,7 +37,7 @@ struct Sums {
 };
 template <int kMode>
 [[gnu::always_inline]] inline void add(Sums& s, Floats y) {  // y = d log2(e)
-  if constexpr (kMode > 0) y = larger(all(kLowest), y);       // 0 * -inf would be NaN
+  if constexpr (kMode > 0) y = larger(all(kLowest), y);      // 0 * -inf would be NaN
   const Floats e = exp2_of(y);
   s.sum += e;
   if constexpr (kMode > 0) s.dot += e * y;
@@ -390,9 +390,7 @@ void log_softmax_parts(const LogSoftmaxTask& t, int64_t begin, int64_t end, Soft
   with_capped(t.softcap, t.element, [&](auto is_capped, auto zero) {
     constexpr bool kCapped = decltype(is_capped)::value;
     using T = decltype(zero);
-    const auto f = t.sum_p2   ? parts_of<2, kCapped, T>
-                   : t.entropy ? parts_of<1, kCapped, T>
-                               : parts_of<0, kCapped, T>;
+    const auto f = t.sum_p2 ? parts_of<2, kCapped, T> : t.entropy ? parts_of<1, kCapped, T> : parts_of<0, kCapped, T>;
     if constexpr (sizeof(T) == 8)
       f(t, begin, end, parts);
     else

@@ -94,7 +94,8 @@ template <int H, int... N>
 constexpr float kLowest = -124.f;  // exp2_of gives 2^kLowest or 0 for all that is lower
 constexpr float kNothing = 0x1p-124f;
 
-// 2^y; exactly 1 at 0, and something huge for y > 126. 2^r = 1 + r q(r) for |r| <= 1/2, with q of least relative error: 9e-8.
+// 2^y; exactly 1 at 0, and something huge for y > 126. 2^r = 1 + r q(r) for |r| <= 1/2, with q of least relative error:
+// 9e-8.
 [[gnu::always_inline]] inline Floats exp2_of(Floats y) {
 #if defined(__AVX512F__)
   const Floats n = __builtin_ia32_rndscaleps_mask(y, 8, y, 0xffff, 4), r = y - n;

@@ -1,8 +1,7 @@
 // One block per row; the edge of the nucleus is found by bisection, with sums in a fixed order.
-#include "rl/top_p_mask.h"
-
 #include "common/device_number.cuh"
 #include "common/reduce.cuh"
+#include "rl/top_p_mask.h"
 
 namespace gradops {
 namespace {
@@ -132,7 +131,8 @@ __global__ void __launch_bounds__(256) rows_mask(const TopPTask t) {
 void cuda::top_p_mask(const TopPTask& t, void* stream) {
   if (t.rows == 0 || t.cols == 0) return;
   with_device_type(t.element, [&](auto type) {
-    launch(rows_mask<decltype(type)>, blocks(t.rows < (1 << 20) ? t.rows : (1 << 20)), t.cols > 4096 ? 256 : 64, 0, stream, t);
+    launch(rows_mask<decltype(type)>, blocks(t.rows < (1 << 20) ? t.rows : (1 << 20)), t.cols > 4096 ? 256 : 64, 0,
+           stream, t);
   });
 }
 

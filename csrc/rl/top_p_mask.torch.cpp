@@ -14,7 +14,8 @@ Tensor top_p_mask(const Tensor& logits_in, double p, int64_t min_keep) {
   for (size_t i = 0; i < shape.size(); ++i) shape[i] = logits.size(int64_t(i));
   Tensor mask = empty(logits, shape, ScalarType::Bool);
   const int64_t cols = shape.back();
-  const TopPTask task{logits.const_data_ptr(), element(logits, "top_p_mask: logits"),
+  const TopPTask task{logits.const_data_ptr(),
+                      element(logits, "top_p_mask: logits"),
                       cols == 0 ? 0 : logits.numel() / cols,
                       cols,
                       p,
