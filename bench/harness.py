@@ -29,7 +29,7 @@ class Case:
     """One line of the table. `reference` is the plain torch way that users run now; `None` for no such way.
 
     `flops` is the least work the method needs, by the dtype of the products that could do it (the fastest counts);
-    `bytes` what it must read and write once.
+    `bytes` what it must read and write once; with `reads`, what it must read, where next to nothing is written.
     `error` maps a contender's result to its distance from float64; see `relative_error`.
     """
 
@@ -41,6 +41,7 @@ class Case:
     peers: dict[str, Callable[[], Any]] = field(default_factory=dict)
     flops: dict[torch.dtype, float] = field(default_factory=dict)
     bytes: float = 0.0
+    reads: bool = False
     error: Callable[[Any], float] | None = None
     variant: str = ""
 
@@ -92,12 +93,13 @@ class Stopwatch:
 
 class Floor:
     """The least time a case could take on this machine: FLOPs at the rate of torch's best product, or bytes at the
-    rate of a copy of the same size, whichever is longer. Both are measured here, in the same run."""
+    rate of a copy (or a read) of the same size, whichever is longer. All are measured here, in the same run."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.gemm: dict[str, float] = {}  # FLOP/s
         self._copies: dict[int, float] = {}  # bytes/s
+        self._sums: dict[int, float] = {}
 
     def _best(self, f: Callable[[], Any]) -> float:
         watch = Stopwatch(f, self.settings)
@@ -123,9 +125,17 @@ class Floor:
             self._copies[n] = 2 * n / self._best(lambda: target.copy_(source))
         return self._copies[n]
 
+    def _read(self, size: float) -> float:
+        n = max(1, int(size) // 8)  # a sum of integers is the fastest pure read that torch has
+        if n not in self._sums:
+            source = torch.ones(n, dtype=torch.int64, device=self.settings.device)
+            self._sums[n] = 8 * n / self._best(lambda: source.sum())
+        return self._sums[n]
+
     def seconds(self, case: Case) -> float:
         compute = min((work / self._gemm(dtype) for dtype, work in case.flops.items()), default=0.0)
-        memory = case.bytes / self._copy(case.bytes) if case.bytes else 0.0
+        rate = self._read if case.reads else self._copy
+        memory = case.bytes / rate(case.bytes) if case.bytes else 0.0
         return max(compute, memory)
 
 

@@ -70,6 +70,7 @@ def test_floor_is_the_longer_of_compute_and_copy_and_the_fastest_product_counts(
     quick = floor.seconds(case(flops=flops))
     assert 0 < quick < floor.seconds(case(flops={torch.float32: 1e9}))
     assert floor.seconds(case(flops=flops, bytes=1e8)) > quick
+    assert 0 < floor.seconds(case(bytes=1e8, reads=True)) < 1
     assert floor.seconds(case()) == 0
 
 
