@@ -1,5 +1,6 @@
 """Policy-gradient operations. `reference` holds the same functions in plain PyTorch."""
 from . import reference
+from .one_token_rollout import one_token_rollout_loss
 from .selective_log_softmax import selective_log_softmax
 
-__all__ = ["reference", "selective_log_softmax"]
+__all__ = ["one_token_rollout_loss", "reference", "selective_log_softmax"]
