@@ -122,12 +122,12 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
     _check(hidden, weight, targets, bias, temperature, softcap, return_, out_dtype, chunk_rows)
     single = targets.dim() == hidden.dim() - 1
     rows = hidden.shape[:-1]
-    at = targets.reshape(-1, 1) if single else targets.flatten(0, -2)
-    at = at.long()
+    at = (targets[..., None] if single else targets).long()
+    at = at.reshape(rows.numel(), at.shape[-1])
     if group is not None:
         at = at - (group.rank() * weight.shape[0] if vocab_start is None else vocab_start)
         at = torch.where((at < 0) | (at >= weight.shape[0]), -1, at)
-    args = (hidden.reshape(-1, hidden.shape[-1]), weight, at, bias, float(temperature), float(softcap or 0),
+    args = (hidden.reshape(rows.numel(), hidden.shape[-1]), weight, at, bias, float(temperature), float(softcap or 0),
             "entropy" in return_, "sum_p2" in return_ or "sum_p3" in return_,
             int(chunk_rows or CHUNK_ROWS[hidden.device.type == "cuda"]), bool(fast), group)
     wanted = needs_derivative(hidden, weight, *([] if bias is None else [bias]))
