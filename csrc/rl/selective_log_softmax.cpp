@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/huge_pages.h"
 #include "common/parallel.h"
 
 namespace gradops {
@@ -60,6 +61,7 @@ void cpu::selective_log_softmax(const LogSoftmaxTask& t, void* workspace, void*)
 
 void cpu::selective_log_softmax_backward(const LogSoftmaxGradTask& t, void*) {
   check_keep_sets(t);
+  if (t.grad != t.logits) prefer_huge_pages(t.grad, t.rows * t.cols * element_size(t.element));
   parallel_for(0, t.rows * softmax_chunks(t), grain(t),
                [&, kernel = GRADOPS_DISPATCH(log_softmax_grad)](int64_t b, int64_t e) { kernel(t, b, e); });
 }

@@ -1,108 +1,278 @@
 #include "rl/selective_log_softmax.h"
 
 #include "common/exp_log.h"
-#include "common/widen.h"
+#include "rl/softmax_block.h"
 
 namespace gradops::GRADOPS_ISA {
 namespace {
 
-constexpr int64_t kBlock = 4096;
-constexpr double kInfinity = __builtin_inf();
+constexpr int64_t kBlock = 2048;
 
 template <class T>
 using Arithmetic = decltype(widen(T()));
-
-// z = cap(x) / temperature, in two steps: `capped`, then a product with `inverse`.
-template <class A>
-struct Scale {
-  A cap, twice, inverse;
-  bool capped;
-  template <class Task>
-  explicit Scale(const Task& t)
-      : cap(A(t.softcap)),
-        twice(t.softcap > 0 ? A(2 / t.softcap) : 0),
-        inverse(A(1 / t.temperature)),
-        capped(t.softcap > 0) {}
-};
-
-// softcap * tanh(x / softcap); a masked entry, -inf, stays masked. slope: its derivative
-template <class A>
-[[gnu::always_inline]] inline A cap(A x, const Scale<A>& s, A& slope) {
-  const A e = exp_of(-__builtin_fabs(x) * s.twice), q = (A(1) - e) / (A(1) + e);
-  slope = A(1) - q * q;
-  const A y = x < 0 ? -s.cap * q : s.cap * q;
-  return x == -A(kInfinity) ? x : y;
-}
-template <class A>
-A cap(A x, const Scale<A>& s) {
-  A slope;
-  return s.capped ? cap(x, s, slope) : x;
-}
 
 SoftmaxPart merged(const SoftmaxPart& a, const SoftmaxPart& b) {
   if (a.max == -kInfinity) return {b.max, a.sum + b.sum, b.dot, b.squares, b.cubes};  // a.sum: 0 or NaN
   if (b.max == -kInfinity) return {a.max, a.sum + b.sum, a.dot, a.squares, a.cubes};
   const double max = a.max > b.max ? a.max : b.max, down_a = a.max - max, down_b = b.max - max;
   const double fa = exp_of(down_a), fb = exp_of(down_b);
-  // 0 * inf would be NaN; what is that far down does not count
-  const double dot_a = fa > 0 ? fa * (a.dot + a.sum * down_a) : 0, dot_b = fb > 0 ? fb * (b.dot + b.sum * down_b) : 0;
+  // what is infinitely far down does not count
+  const double dot_a = fa == 0 ? 0 : fa * (a.dot + a.sum * down_a), dot_b = fb == 0 ? 0 : fb * (b.dot + b.sum * down_b);
   return {max, fa * a.sum + fb * b.sum, dot_a + dot_b, fa * fa * a.squares + fb * fb * b.squares,
           fa * fa * fa * a.cubes + fb * fb * fb * b.cubes};
 }
 
+double lanes_sum(Floats x) {
+  double s = 0;
+  for (int i = 0; i < kWide; ++i) s += double(x[i]);
+  return s;
+}
+
+// --- logits of 4 bytes and less: float vectors -------------------------------------------------------------------
+
+// kMode 0: sums of e^d. 1: and of e^d d. 2: and of e^2d, e^3d.
+struct Sums {
+  Floats sum{}, dot{}, squares{}, cubes{};
+  void operator+=(const Sums& o) { sum += o.sum, dot += o.dot, squares += o.squares, cubes += o.cubes; }
+};
+template <int kMode>
+[[gnu::always_inline]] inline void add(Sums& s, Floats y) {  // y = d log2(e)
+  if constexpr (kMode > 0) y = larger(all(kLowest), y);       // 0 * -inf would be NaN
+  const Floats e = exp2_of(y);
+  s.sum += e;
+  if constexpr (kMode > 0) s.dot += e * y;
+  if constexpr (kMode > 1) {
+    const Floats square = e * e;
+    s.squares += square, s.cubes += square * e;
+  }
+}
+
 template <class T>
-SoftmaxPart block_part(const T* x, int64_t n, const Scale<Arithmetic<T>>& s) {
-  using A = Arithmetic<T>;
-  A top = -A(kInfinity);
-#pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < n; ++i) top = widen(x[i]) > top ? A(widen(x[i])) : top;
-  if (top == -A(kInfinity)) {  // every entry is masked, or NaN
-    bool nan = false;
-    for (int64_t i = 0; i < n; ++i) nan |= widen(x[i]) != widen(x[i]);
-    return {-kInfinity, nan ? __builtin_nan("") : 0., 0, 0, 0};
+float top_of(const T* x, int64_t n) {  // n: of pairs of vectors
+  Floats a = all(-float(kInfinity)), b = a;
+  for (int64_t i = 0; i < n; i += kPair) {
+    const Two v = load(x + i);
+    a = larger(v.a, a), b = larger(v.b, b);
   }
-  const A base = cap(top, s);
-  A sum = 0, dot = 0, squares = 0, cubes = 0;
-#pragma omp simd reduction(+ : sum, dot, squares, cubes)
-  for (int64_t i = 0; i < n; ++i) {
-    A d = (cap(A(widen(x[i])), s) - base) * s.inverse;
-    d = d < A(-86) ? A(-86) : d;
-    const A e = exp_of(d);
-    sum += e, dot += e * d, squares += e * e, cubes += e * e * e;
-  }
-  return {double(base) * double(s.inverse), sum, dot, squares, cubes};
+  return top_lane(larger(a, b));
 }
 
-}  // namespace
+// One pass: the largest entry is not known before, so exponents are taken from an earlier run's largest. Where a run's
+// sums tell that one of its entries is far above, it is done once more.
+template <int kMode, bool kCapped, class T>
+class RowPart {
+ public:
+  explicit RowPart(const LogSoftmaxTask& t)
+      : cap_(t.softcap), rate_(all(float(1 / (kLn2 * t.temperature)))), inverse_(1 / t.temperature) {}
 
-void log_softmax_parts(const LogSoftmaxTask& t, int64_t begin, int64_t end, SoftmaxPart* parts) {
-  with_type(t.element, [&](auto zero) {
-    using T = decltype(zero);
-    using A = Arithmetic<T>;
-    const Scale<A> scale(t);
-    const int64_t chunks = softmax_chunks(t);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / chunks, first = i % chunks * kSoftmaxChunk;
-      const T* x = static_cast<const T*>(t.logits) + row * t.cols;
-      SoftmaxPart part{-kInfinity, 0, 0, 0, 0};
-      if (t.keep_ids) {
-        A kept[kBlock];
-        for (int64_t b = t.keep_offsets[row]; b < t.keep_offsets[row + 1]; b += kBlock) {
-          const int64_t n = t.keep_offsets[row + 1] - b < kBlock ? t.keep_offsets[row + 1] - b : kBlock;
-          for (int64_t j = 0; j < n; ++j) kept[j] = widen(x[t.keep_ids[b + j]]);
-          part = merged(part, block_part(kept, n, scale));
-        }
-      } else {
-        const int64_t last = first + kSoftmaxChunk < t.cols ? first + kSoftmaxChunk : t.cols;
-        for (int64_t b = first; b < last; b += kBlock)
-          part = merged(part, block_part(x + b, last - b < kBlock ? last - b : kBlock, scale));
-      }
-      parts[i] = part;
+  SoftmaxPart of(const T* x, int64_t n) {
+    part_ = {-kInfinity, 0, 0, 0, 0};
+    base_ = -float(kInfinity);
+    const int64_t whole = n / kPair * kPair;
+    int runs = 0;
+    for (int64_t b = 0; b < whole; b += kRun) {
+      visit(x + b, whole - b < kRun ? whole - b : kRun);
+      if (++runs % kRunsInFloat == 0) to_double();
     }
-  });
+    if (whole < n) {
+      T rest[kPair];
+      for (int64_t i = 0; i < kPair; ++i)
+        if (i < n - whole)
+          rest[i] = x[whole + i];
+        else
+          narrow(-float(kInfinity), rest[i]);
+      visit(rest, kPair);
+    }
+    close();
+    return part_;
+  }
+
+ private:
+  // The longest row of additions in float: that of a run, kRun / kPair, and then kRunsInFloat.
+  static constexpr int64_t kRun = 32 * kPair;
+  static constexpr int kRunsInFloat = 16;
+  static constexpr float kFar = 1024;  // no sum of a lane reaches it unless an entry is above the base
+
+  Floats capped(Floats x) const {
+    Floats slope;
+    return kCapped ? cap_(x, slope) : x;
+  }
+
+  void visit(const T* x, int64_t n) {
+    if (base_ == -float(kInfinity)) {
+      const float top = top_of(x, n);
+      if (top == -float(kInfinity)) {  // every entry is masked, or NaN
+        for (int64_t i = 0; i < n; ++i)
+          if (widen(x[i]) != widen(x[i])) part_.sum = __builtin_nan("");
+        return;
+      }
+      base_ = capped(all(top))[0];
+    }
+    Sums s = run(x, n);
+    if (top_lane(larger(s.sum, Floats{})) > kFar) {
+      close();
+      base_ = capped(all(top_of(x, n)))[0];
+      s = run(x, n);
+    }
+    sums_ += s;
+  }
+
+  Sums run(const T* x, int64_t n) const {
+    Sums a, b;
+    const Floats base = all(base_);
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < n; i += kPair) {
+      const Two v = load(x + i);
+      add<kMode>(a, (capped(v.a) - base) * rate_);
+      add<kMode>(b, (capped(v.b) - base) * rate_);
+    }
+    a += b;
+    return a;
+  }
+
+  void to_double() {
+    now_.sum += lanes_sum(sums_.sum);
+    if (kMode > 0) now_.dot += kLn2 * lanes_sum(sums_.dot);
+    if (kMode > 1) now_.squares += lanes_sum(sums_.squares), now_.cubes += lanes_sum(sums_.cubes);
+    sums_ = Sums();
+  }
+  void close() {  // what was summed on this base goes to part_
+    to_double();
+    now_.max = double(base_) * inverse_;
+    part_ = merged(part_, now_);
+    now_ = {};
+  }
+
+  const Cap cap_;
+  const Floats rate_;
+  const double inverse_;
+  float base_ = 0;
+  Sums sums_;
+  SoftmaxPart now_{}, part_{};
+};
+
+template <class T>
+double z_of(const LogSoftmaxTask& t, T x) {  // as the sums saw it
+  Floats slope;
+  const float y = t.softcap > 0 ? Cap(t.softcap)(all(widen(x)), slope)[0] : widen(x);
+  return double(y) / t.temperature;
 }
 
-namespace {
+// p (slope + bend log p) dz/dx, with log p = z - lse; no digits are lost where logits are large
+template <bool kCapped>
+class GradFloats {
+ public:
+  GradFloats(const LogSoftmaxGradTask& t, double lse, double slope, double bend)
+      : cap_(t.softcap),
+        base_(all(float(lse * t.temperature))),
+        rate_(all(float(1 / (kLn2 * t.temperature)))),
+        rest_(all(float((lse - double(base_[0]) / t.temperature) / kLn2))),
+        slope_(all(float(slope / t.temperature))),
+        bend_(all(float(bend * kLn2 / t.temperature))),
+        inverse_(float(1 / t.temperature)) {}
+
+  [[gnu::always_inline]] Floats operator()(Floats x) const {
+    Floats dy;
+    if constexpr (kCapped) x = cap_(x, dy);
+    const Floats y = larger(all(kLowest), (x - base_) * rate_ - rest_);
+    const Floats g = (exp2_of(y) - kNothing) * (y * bend_ + slope_);
+    return kCapped ? g * dy : g;
+  }
+  float operator()(float x) const { return (*this)(all(x))[0]; }
+  float dz(float x) const {
+    Floats dy = all(1);
+    if constexpr (kCapped) cap_(all(x), dy);
+    return inverse_ * dy[0];
+  }
+  template <class T>
+  void run(const T* x, T* y, int64_t n) const {
+    int64_t i = 0;
+    for (; i + kPair <= n; i += kPair) {
+      const Two v = load(x + i);
+      store({(*this)(v.a), (*this)(v.b)}, y + i);
+    }
+    for (; i < n; ++i) narrow((*this)(widen(x[i])), y[i]);
+  }
+
+ private:
+  const Cap cap_;
+  const Floats base_, rate_, rest_, slope_, bend_;
+  const float inverse_;
+};
+
+// --- float64 logits ----------------------------------------------------------------------------------------------
+
+double capped(double x, double softcap, double& slope) {
+  slope = 1;
+  if (softcap == 0 || x == -kInfinity) return x;
+  const double e = exp_of(__builtin_fabs(x) * (-2 / softcap)), q = (1 - e) / (1 + e);
+  slope = 1 - q * q;
+  return x < 0 ? -softcap * q : softcap * q;
+}
+
+template <int kMode, bool kCapped>
+class RowPart<kMode, kCapped, double> {
+ public:
+  explicit RowPart(const LogSoftmaxTask& t) : t_(t) {}
+  SoftmaxPart of(const double* x, int64_t n) const {
+    SoftmaxPart part{-kInfinity, 0, 0, 0, 0};
+    for (int64_t b = 0; b < n; b += kRun) part = merged(part, run(x + b, n - b < kRun ? n - b : kRun));
+    return part;
+  }
+
+ private:
+  static constexpr int64_t kRun = 2048;
+  double z(double x) const {
+    double slope;
+    return (kCapped ? capped(x, t_.softcap, slope) : x) / t_.temperature;
+  }
+  SoftmaxPart run(const double* x, int64_t n) const {
+    double top = -kInfinity;
+    bool nan = false;
+    for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top, nan |= x[i] != x[i];
+    if (top == -kInfinity) return {top, nan ? __builtin_nan("") : 0, 0, 0, 0};
+    const double base = z(top);
+    double sum = 0, dot = 0, squares = 0, cubes = 0;
+#pragma omp simd reduction(+ : sum, dot, squares, cubes)
+    for (int64_t i = 0; i < n; ++i) {
+      const double d = z(x[i]) - base, e = exp_of(d);
+      sum += e, dot += e * (d < -800 ? -800 : d), squares += e * e, cubes += e * e * e;
+    }
+    return {base, sum, dot, squares, cubes};
+  }
+  const LogSoftmaxTask& t_;
+};
+
+double z_of(const LogSoftmaxTask& t, double x) {
+  double slope;
+  return capped(x, t.softcap, slope) / t.temperature;
+}
+
+class GradDoubles {
+ public:
+  GradDoubles(const LogSoftmaxGradTask& t, double lse, double slope, double bend)
+      : t_(t), lse_(lse), slope_(slope), bend_(bend) {}
+  double operator()(double x) const {
+    double dy;
+    const double log_p = capped(x, t_.softcap, dy) / t_.temperature - lse_, p = exp_of(log_p);
+    return p * (slope_ + bend_ * (log_p < -800 ? -800 : log_p)) * dy / t_.temperature;
+  }
+  double dz(double x) const {
+    double dy;
+    capped(x, t_.softcap, dy);
+    return dy / t_.temperature;
+  }
+  void run(const double* x, double* y, int64_t n) const {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) y[i] = (*this)(x[i]);
+  }
+
+ private:
+  const LogSoftmaxGradTask& t_;
+  const double lse_, slope_, bend_;
+};
+
+// --- any logits --------------------------------------------------------------------------------------------------
 
 // Whether id is one of ids[begin, end), which ascend; begin becomes its place.
 bool find(const int64_t* ids, int64_t& begin, int64_t end, int64_t id) {
@@ -117,111 +287,151 @@ bool find(const int64_t* ids, int64_t& begin, int64_t end, int64_t id) {
   return begin < last && ids[begin] == id;
 }
 
+template <int kMode, bool kCapped, class T>
+void parts_of(const LogSoftmaxTask& t, int64_t begin, int64_t end, SoftmaxPart* parts) {
+  using A = Arithmetic<T>;
+  RowPart<kMode, kCapped, T> row_part(t);
+  RowPart<kMode, kCapped, A> kept_part(t);
+  const int64_t chunks = softmax_chunks(t);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = i / chunks, first = i % chunks * kSoftmaxChunk;
+    const T* x = static_cast<const T*>(t.logits) + row * t.cols;
+    if (!t.keep_ids) {
+      parts[i] = row_part.of(x + first, t.cols - first < kSoftmaxChunk ? t.cols - first : kSoftmaxChunk);
+      continue;
+    }
+    parts[i] = {-kInfinity, 0, 0, 0, 0};
+    A kept[kBlock];
+    for (int64_t b = t.keep_offsets[row], last = t.keep_offsets[row + 1]; b < last; b += kBlock) {
+      const int64_t n = last - b < kBlock ? last - b : kBlock;
+      for (int64_t j = 0; j < n; ++j) kept[j] = widen(x[t.keep_ids[b + j]]);
+      parts[i] = merged(parts[i], kept_part.of(kept, n));
+    }
+  }
+}
+
+// The gradient at x[0, n), written to y, which may be x. place(id): where in x the entry id is; negative: not there.
+template <class T, class Grad, class Place>
+void grad_block(const Grad& grad, const T* x, T* y, int64_t n, const double* g, const int64_t* index, int64_t targets,
+                const Place& place) {
+  T old[kBlock];
+  double sum[kBlock];  // of g, for each of the targets here; one may be chosen more than once
+  bool any = false;
+  for (int64_t k = 0; k < targets; ++k)
+    if (const int64_t i = place(index[k]); i >= 0) any = true, old[i] = x[i], sum[i] = 0;
+  grad.run(x, y, n);
+  if (!any) return;
+  for (int64_t k = 0; k < targets; ++k)
+    if (const int64_t i = place(index[k]); i >= 0) sum[i] += g[k];
+  using A = Arithmetic<T>;
+  for (int64_t k = 0; k < targets; ++k)
+    if (const int64_t i = place(index[k]); i >= 0)
+      narrow(grad(widen(old[i])) + A(sum[i]) * grad.dz(widen(old[i])), y[i]);
+}
+
+template <class Grad, class T>
+void grads_of(const LogSoftmaxGradTask& t, int64_t begin, int64_t end) {
+  using A = Arithmetic<T>;
+  const int64_t chunks = softmax_chunks(t);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = i / chunks, first = t.keep_ids ? 0 : i % chunks * kSoftmaxChunk;
+    const int64_t last = t.keep_ids || first + kSoftmaxChunk > t.cols ? t.cols : first + kSoftmaxChunk;
+    const T* x = static_cast<const T*>(t.logits) + row * t.cols;
+    T* y = static_cast<T*>(t.grad) + row * t.cols;
+    const int64_t targets = t.grad_logp ? t.targets : 0, *index = t.index + row * t.targets;
+    const double* g = t.grad_logp + row * targets;
+    const double bend = t.grad_entropy ? -t.grad_entropy[row] : 0;
+    double slope = (t.grad_lse ? t.grad_lse[row] : 0) + (t.grad_entropy ? bend * t.entropy[row] : 0);
+    bool zero = bend == 0 && slope == 0;
+    for (int64_t k = 0; k < targets; ++k) slope -= g[k], zero &= g[k] == 0;
+    if (zero) {
+      for (int64_t j = first; j < last; ++j) y[j] = T();
+      continue;
+    }
+    const Grad grad(t, t.lse[row], slope, bend);
+    if (!t.keep_ids) {
+      for (int64_t b = first; b < last; b += kBlock) {
+        const int64_t n = last - b < kBlock ? last - b : kBlock;
+        grad_block(grad, x + b, y + b, n, g, index, targets,
+                   [=](int64_t id) { return id >= b && id < b + n ? id - b : -1; });
+      }
+      continue;
+    }
+    int64_t written = 0;
+    A kept[kBlock];
+    for (int64_t b = t.keep_offsets[row]; b < t.keep_offsets[row + 1]; b += kBlock) {
+      const int64_t n = t.keep_offsets[row + 1] - b < kBlock ? t.keep_offsets[row + 1] - b : kBlock;
+      const int64_t* ids = t.keep_ids + b;
+      for (int64_t j = 0; j < n; ++j) kept[j] = widen(x[ids[j]]);
+      grad_block(grad, kept, kept, n, g, index, targets, [=](int64_t id) {
+        int64_t place = 0;
+        return find(ids, place, n, id) ? place : -1;
+      });
+      for (; written <= ids[n - 1]; ++written) y[written] = T();
+      for (int64_t j = 0; j < n; ++j) narrow(kept[j], y[ids[j]]);
+    }
+    for (; written < t.cols; ++written) y[written] = T();
+  }
+}
+
+// Calls f with whether there is a softcap, and the type of the logits.
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+template <class F>
+void with_capped(double softcap, Element element, const F& f) {
+  with_type(element, [&](auto zero) { softcap > 0 ? f(Flag<true>(), zero) : f(Flag<false>(), zero); });
+}
+
 }  // namespace
+
+void log_softmax_parts(const LogSoftmaxTask& t, int64_t begin, int64_t end, SoftmaxPart* parts) {
+  with_capped(t.softcap, t.element, [&](auto is_capped, auto zero) {
+    constexpr bool kCapped = decltype(is_capped)::value;
+    using T = decltype(zero);
+    const auto f = t.sum_p2   ? parts_of<2, kCapped, T>
+                   : t.entropy ? parts_of<1, kCapped, T>
+                               : parts_of<0, kCapped, T>;
+    if constexpr (sizeof(T) == 8)
+      f(t, begin, end, parts);
+    else
+      flushing_denormals([&] { f(t, begin, end, parts); });
+  });
+}
 
 void log_softmax_finish(const LogSoftmaxTask& t, int64_t begin, int64_t end, const SoftmaxPart* parts) {
   with_type(t.element, [&](auto zero) {
     using T = decltype(zero);
-    using A = Arithmetic<T>;
-    const Scale<A> scale(t);
     const int64_t chunks = softmax_chunks(t);
     for (int64_t r = begin; r < end; ++r) {
       SoftmaxPart part{-kInfinity, 0, 0, 0, 0};
       for (int64_t i = 0; i < chunks; ++i) part = merged(part, parts[r * chunks + i]);
       const double log_sum = log_of(part.sum), inverse = 1 / part.sum;
+      const double entropy = log_sum - part.dot * inverse;
       t.lse[r] = part.max + log_sum;
-      if (t.entropy) t.entropy[r] = log_sum - part.dot * inverse;
+      if (t.entropy) t.entropy[r] = entropy < 0 ? 0 : entropy;  // rounding must not leave the range
       if (t.sum_p2) t.sum_p2[r] = part.squares * inverse * inverse;
       if (t.sum_p3) t.sum_p3[r] = part.cubes * inverse * inverse * inverse;
       const T* x = static_cast<const T*>(t.logits) + r * t.cols;
       for (int64_t k = r * t.targets; k < (r + 1) * t.targets; ++k) {
         const int64_t id = t.index[k];
         int64_t place = t.keep_ids ? t.keep_offsets[r] : 0;
-        if (id < 0) {
-          t.logp[k] = 0;
-        } else if (t.keep_ids && !find(t.keep_ids, place, t.keep_offsets[r + 1], id)) {
-          t.logp[k] = part.sum == part.sum ? -kInfinity : part.sum;
-        } else {
-          t.logp[k] = (double(cap(A(widen(x[id])), scale)) * double(scale.inverse) - part.max) - log_sum;
-        }
+        const bool absent = t.keep_ids && id >= 0 && !find(t.keep_ids, place, t.keep_offsets[r + 1], id);
+        const double logp = id < 0 ? 0 : ((absent ? -kInfinity : z_of(t, x[id])) - part.max) - log_sum;
+        t.logp[k] = logp > 0 ? 0 : logp;
       }
     }
   });
 }
 
-namespace {
-
-// p (slope + bend log p) + the targets' own part, times dz/dx
-template <class A>
-struct Coefficients {
-  double lse;
-  A slope, bend;
-};
-
-template <class T>
-void grad_block(const T* x, int64_t n, const Scale<Arithmetic<T>>& s, const Coefficients<Arithmetic<T>>& c,
-                Arithmetic<T>* out, Arithmetic<T>* dz) {
-  using A = Arithmetic<T>;
-  // z - lse = (cap(x) - base) * inverse - rest, with no digits lost where logits are large
-  const A base = A(c.lse / double(s.inverse)), rest = A(c.lse - double(base) * double(s.inverse));
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    A slope = 1;
-    const A y = s.capped ? cap(A(widen(x[i])), s, slope) : A(widen(x[i]));
-    const A d = (y - base) * s.inverse - rest;
-    const A p = d < A(-86) ? A(0) : exp_of(d), clamped = d < A(-86) ? A(-86) : d;
-    dz[i] = slope * s.inverse;
-    out[i] = p * (c.slope + c.bend * clamped) * dz[i];
-  }
-}
-
-}  // namespace
-
 void log_softmax_grad(const LogSoftmaxGradTask& t, int64_t begin, int64_t end) {
-  with_type(t.element, [&](auto zero) {
+  with_capped(t.softcap, t.element, [&](auto is_capped, auto zero) {
     using T = decltype(zero);
-    using A = Arithmetic<T>;
-    const Scale<A> scale(t);
-    const int64_t chunks = softmax_chunks(t);
-    A kept[kBlock], out[kBlock], dz[kBlock];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / chunks, first = i % chunks * kSoftmaxChunk;
-      const T* x = static_cast<const T*>(t.logits) + row * t.cols;
-      T* y = static_cast<T*>(t.grad) + row * t.cols;
-      const double* g = t.grad_logp ? t.grad_logp + row * t.targets : nullptr;
-      const int64_t* index = t.index + row * t.targets;
-      const double g_entropy = t.grad_entropy ? t.grad_entropy[row] : 0;
-      double slope = t.grad_lse ? t.grad_lse[row] : 0;
-      for (int64_t k = 0; g && k < t.targets; ++k) slope -= g[k];
-      if (t.grad_entropy) slope -= g_entropy * t.entropy[row];
-      const Coefficients<A> c{t.lse[row], A(slope), A(-g_entropy)};
-      if (t.keep_ids) {
-        int64_t written = 0;
-        for (int64_t b = t.keep_offsets[row]; b < t.keep_offsets[row + 1]; b += kBlock) {
-          const int64_t n = t.keep_offsets[row + 1] - b < kBlock ? t.keep_offsets[row + 1] - b : kBlock;
-          const int64_t* ids = t.keep_ids + b;
-          for (int64_t j = 0; j < n; ++j) kept[j] = widen(x[ids[j]]);
-          grad_block(kept, n, scale, c, out, dz);
-          for (int64_t k = 0; g && k < t.targets; ++k) {
-            int64_t place = 0;
-            if (find(ids, place, n, index[k])) out[place] += A(g[k]) * dz[place];
-          }
-          for (; written <= ids[n - 1]; ++written) y[written] = T();
-          for (int64_t j = 0; j < n; ++j) narrow(out[j], y[ids[j]]);
-        }
-        for (; written < t.cols; ++written) y[written] = T();
-        continue;
-      }
-      const int64_t last = first + kSoftmaxChunk < t.cols ? first + kSoftmaxChunk : t.cols;
-      for (int64_t b = first; b < last; b += kBlock) {
-        const int64_t n = last - b < kBlock ? last - b : kBlock;
-        grad_block(x + b, n, scale, c, out, dz);
-        for (int64_t k = 0; g && k < t.targets; ++k)
-          if (index[k] >= b && index[k] < b + n) out[index[k] - b] += A(g[k]) * dz[index[k] - b];
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) narrow(out[j], y[b + j]);
-      }
-    }
+    if constexpr (sizeof(T) == 8)
+      grads_of<GradDoubles, T>(t, begin, end);
+    else
+      flushing_denormals([&] { grads_of<GradFloats<decltype(is_capped)::value>, T>(t, begin, end); });
   });
 }
 

@@ -1,0 +1,131 @@
+// softmax_block.h: vectors for the inner loops of selective_log_softmax, for logits of 4 bytes and less.
+// For *.kernel.cpp only: everything is local to the file that includes it.
+#pragma once
+#include "common/simd.h"
+#include "common/widen.h"
+
+namespace gradops::GRADOPS_ISA {
+namespace {
+
+constexpr double kInfinity = __builtin_inf();
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr double kLn2 = 0.69314718055994530942;
+
+using Floats = Vec<float>;
+using Words = Vec<uint32_t>;
+constexpr int kWide = kLanes<float>, kPair = 2 * kWide;
+
+[[gnu::always_inline]] inline Floats all(float x) { return Floats{} + x; }
+[[gnu::always_inline]] inline Floats floats_of(Words bits) { return (Floats)bits; }
+[[gnu::always_inline]] inline Words words_of(Floats x) { return (Words)x; }
+
+// kPair numbers in two vectors. 16-bit ones come as the even and the odd ones, so that no lane moves.
+struct Two {
+  Floats a, b;
+};
+typedef float LooseFloats __attribute__((vector_size(kVectorBytes), may_alias, aligned(2)));
+typedef uint32_t LooseWords __attribute__((vector_size(kVectorBytes), may_alias, aligned(2)));
+
+[[gnu::always_inline]] inline Two load(const float* x) {
+  return {*reinterpret_cast<const LooseFloats*>(x), *reinterpret_cast<const LooseFloats*>(x + kWide)};
+}
+[[gnu::always_inline]] inline void store(Two v, float* x) {
+  *reinterpret_cast<LooseFloats*>(x) = v.a;
+  *reinterpret_cast<LooseFloats*>(x + kWide) = v.b;
+}
+
+[[gnu::always_inline]] inline Two load(const Bf16* x) {
+  const Words w = *reinterpret_cast<const LooseWords*>(x);
+  return {floats_of(w << 16), floats_of(w & 0xffff0000u)};
+}
+[[gnu::always_inline]] inline Words rounded_to_bf16(Floats x) {  // in the high halves
+  const Words bits = words_of(x);
+  return x != x ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
+}
+[[gnu::always_inline]] inline void store(Two v, Bf16* x) {
+  *reinterpret_cast<LooseWords*>(x) = rounded_to_bf16(v.a) >> 16 | (rounded_to_bf16(v.b) & 0xffff0000u);
+}
+
+[[gnu::always_inline]] inline Floats widened_half(Words bits) {  // widen(F16), for vectors
+  const Floats magnitude = floats_of((bits & 0x7fffu) << 13) * 0x1p112f;
+  const Words inf_or_nan = Words(magnitude >= 65536.f) & 0x7f800000u;
+  return floats_of(words_of(magnitude) | inf_or_nan | (bits & 0x8000u) << 16);
+}
+[[gnu::always_inline]] inline Two load(const F16* x) {
+  const Words w = *reinterpret_cast<const LooseWords*>(x);
+  return {widened_half(w & 0xffffu), widened_half(w >> 16)};
+}
+[[gnu::always_inline]] inline Words narrowed_to_half(Floats x) {  // narrow(F16), for vectors
+  const Words bits = words_of(x), magnitude = bits & 0x7fffffffu;
+  const Words normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  const Words subnormal = words_of(floats_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const Words small = magnitude < (113u << 23) ? subnormal : normal;
+  const Words finite = magnitude >= (143u << 23) ? Words{} + 0x7c00u : small;
+  return (bits >> 16 & 0x8000u) | (magnitude > 0x7f800000u ? Words{} + 0x7e00u : finite);
+}
+[[gnu::always_inline]] inline void store(Two v, F16* x) {
+  *reinterpret_cast<LooseWords*>(x) = narrowed_to_half(v.a) | narrowed_to_half(v.b) << 16;
+}
+
+// x > than ? x : than, lane by lane. In so many words the compiler makes it a compare and a blend.
+[[gnu::always_inline]] inline Floats larger(Floats x, Floats than) {
+#if defined(__AVX512F__)
+  return __builtin_ia32_maxps512_mask(x, than, than, 0xffff, 4);
+#elif defined(__AVX2__)
+  return __builtin_ia32_maxps256(x, than);
+#elif defined(__SSE2__)
+  return __builtin_ia32_maxps(x, than);
+#else
+  return x > than ? x : than;
+#endif
+}
+
+template <int H, int... N>
+[[gnu::always_inline]] inline Floats fold_larger(Floats x, std::integer_sequence<int, N...> lanes) {
+  x = larger(x, __builtin_shufflevector(x, x, (N ^ H)...));
+  if constexpr (H > 1) return fold_larger<H / 2>(x, lanes);
+  return x;
+}
+// The largest lane of x, which has no NaN
+[[gnu::always_inline]] inline float top_lane(Floats x) {
+  return fold_larger<kWide / 2>(x, std::make_integer_sequence<int, kWide>())[0];
+}
+
+constexpr float kLowest = -124.f;  // exp2_of gives 2^kLowest or 0 for all that is lower
+constexpr float kNothing = 0x1p-124f;
+
+// 2^y; exactly 1 at 0, and something huge for y > 126. 2^r = 1 + r q(r) for |r| <= 1/2, with q of least relative error: 9e-8.
+[[gnu::always_inline]] inline Floats exp2_of(Floats y) {
+#if defined(__AVX512F__)
+  const Floats n = __builtin_ia32_rndscaleps_mask(y, 8, y, 0xffff, 4), r = y - n;
+#else
+  y = -larger(all(-126), -larger(all(kLowest), y));
+  const Floats shifted = y + 0x1.8p23f, r = y - (shifted - 0x1.8p23f);  // n in the low bits
+#endif
+  Floats p = 0x1.5bba14p-10f * r + 0x1.3cea88p-7f;
+  p = p * r + 0x1.c6b752p-5f;
+  p = p * r + 0x1.ebf9bcp-3f;
+  p = p * r + 0x1.62e42ap-1f;
+  p = p * r + 1.f;
+#if defined(__AVX512F__)
+  return __builtin_ia32_scalefps512_mask(p, n, p, 0xffff, 4);  // 0 at -inf, where p is NaN
+#else
+  return floats_of(words_of(p) + (words_of(shifted) << 23));
+#endif
+}
+
+// softcap * tanh(x / softcap) and its derivative; a masked entry, -inf, stays masked.
+struct Cap {
+  Floats cap, rate;  // rate = -2 log2(e) / softcap
+  explicit Cap(double softcap) : cap(all(float(softcap))), rate(all(softcap > 0 ? float(-2 / (kLn2 * softcap)) : 0)) {}
+  [[gnu::always_inline]] Floats operator()(Floats x, Floats& slope) const {
+    const Words sign = words_of(x) & 0x80000000u;
+    const Floats e = exp2_of(larger(all(kLowest), floats_of(words_of(x) & 0x7fffffffu) * rate));
+    const Floats q = (1.f - e) / (1.f + e);
+    slope = 1.f - q * q;
+    return x == all(-float(kInfinity)) ? x : floats_of(words_of(q * cap) | sign);
+  }
+};
+
+}  // namespace
+}  // namespace gradops::GRADOPS_ISA
