@@ -24,10 +24,9 @@ void cpu::one_token_rollout(const OneTokenRolloutTask& t, void*) {
   check_ids(t.targets, t.rows, t.cols, "targets");
   if (t.rows == 0) return;
   const int64_t bytes = t.k ? 8 * (t.cols / kRolloutSegment + 1) : 0;
-  parallel_for(0, t.rows, grain(t.cols),
-               [&, kernel = GRADOPS_DISPATCH(one_token_rollout_rows)](int64_t b, int64_t e) {
-                 kernel(t, b, e, bytes ? reinterpret_cast<double*>(thread_scratch(bytes)) : nullptr);
-               });
+  parallel_for(0, t.rows, grain(t.cols), [&, kernel = GRADOPS_DISPATCH(one_token_rollout_rows)](int64_t b, int64_t e) {
+    kernel(t, b, e, bytes ? reinterpret_cast<double*>(thread_scratch(bytes)) : nullptr);
+  });
 }
 
 void cpu::one_token_rollout_backward(const OneTokenRolloutBackwardTask& t, void*) {

@@ -61,8 +61,7 @@ __device__ void draw(const T* z, int64_t cols, Compute<T> shift, Compute<T> inve
     if (lane == 0) upto[s] = sum;
   }
   // Partial sums of exponential numbers, in the memory of the samples for now.
-  for (int64_t i = threadIdx.x; i < k; i += kThreads)
-    samples[i] = bits_of(-log(philox_uniform(seed, i)));
+  for (int64_t i = threadIdx.x; i < k; i += kThreads) samples[i] = bits_of(-log(philox_uniform(seed, i)));
   __syncthreads();
   const int64_t run = (segments + kThreads - 1) / kThreads, first = threadIdx.x * run;
   const int64_t last = first + run < segments ? first + run : segments;
@@ -224,9 +223,8 @@ void cuda::one_token_rollout(const OneTokenRolloutTask& t, void* stream) {
 
 void cuda::one_token_rollout_backward(const OneTokenRolloutBackwardTask& t, void* stream) {
   if (t.rows == 0) return;
-  with_device_type(t.element, [&](auto type) {
-    launch(backward<decltype(type)>, blocks(t.rows), kThreads, 0, stream, t);
-  });
+  with_device_type(t.element,
+                   [&](auto type) { launch(backward<decltype(type)>, blocks(t.rows), kThreads, 0, stream, t); });
 }
 
 }  // namespace gradops

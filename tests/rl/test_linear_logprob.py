@@ -60,12 +60,13 @@ def test_matches_float64(rows, h, v, k, dtype, chunk, biased, temperature, softc
 def test_gradients_match_float64(dtype, scale, softcap):
     inputs = make(70, 64, 3000, dtype, k=2, scale=scale)
     inputs[2][:, 0] = (inputs[0].double() @ inputs[1].double().mT + inputs[3].double()).argmax(-1)
-    settings = {"temperature": 0.9, "softcap": softcap, "return_": ("logp", "lse", "entropy")}
+    settings = {"temperature": 0.9, "softcap": softcap, "return_": ("logp", "lse", "entropy"), "chunk_rows": 32,
+                "out_dtype": torch.promote_types(dtype, torch.float32)}
     h, w, b = leaves(*(inputs[i] for i in (0, 1, 3)))
-    y = linear_logprob(h, w, inputs[2], b, chunk_rows=32, out_dtype=torch.promote_types(dtype, torch.float32), **settings)
+    y = linear_logprob(h, w, inputs[2], b, **settings)
     ours = torch.autograd.grad(objective(y), (h, w, b))
     h64, w64, b64 = leaves(*(inputs[i].double() for i in (0, 1, 3)))
-    want_y = reference.linear_logprob(h64, w64, inputs[2], b64, out_dtype=torch.float64, **settings)
+    want_y = reference.linear_logprob(h64, w64, inputs[2], b64, **settings | {"out_dtype": torch.float64})
     want = torch.autograd.grad(objective(want_y), (h64, w64, b64))
     for a, x, wanted in zip(ours, (h, w, b), want, strict=True):
         assert a.dtype == x.dtype and a.shape == x.shape
@@ -272,6 +273,7 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tenth_of_the_memory(dtype):
-    done = subprocess.run([sys.executable, "-c", MEMORY.format(dtype=dtype)], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MEMORY.format(dtype=dtype)], check=True, capture_output=True,
+                          text=True)
     # The materialised path has float32 logits, their log-softmax and its gradient at once.
     assert int(done.stdout) < 3 * 4 * 2048 * 131072 / 10

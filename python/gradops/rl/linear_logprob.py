@@ -99,8 +99,9 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
     Products of float32 input are in float32 (on CUDA as torch's settings say), those of 16-bit input are exact with
     sums in float32. Logits are float32, also for 16-bit input: logp is then as accurate as the input allows, about
     1e-5, where 16-bit logits cost up to 0.1. On CPU the backward pass rounds them to 16 bits after the row's lse has
-    been taken away, which costs an entry of p the factor 1 + 2^-9 log p at most. The gradient of ``weight`` is summed
-    in float32 over all chunks, and rounded once; with ``weight.grad_dtype = torch.float32`` not even that.
+    been taken away (without a softcap), which costs an entry of p the factor 1 + 2^-8 log p at most, and each chunk's part of
+    the gradient of ``weight``. That is summed in float32 over all chunks, and rounded once; with
+    ``weight.grad_dtype = torch.float32`` not even that.
 
     First derivatives, reverse and forward mode: of logp, lse and entropy; those of the moments in forward mode only.
     The bits of a row are those of torch's product, which may depend on ``chunk_rows``; from the logits on they do not.
@@ -108,9 +109,10 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
     Operations: 2 N H V forward, 6 N H V backward. Memory: ``chunk_rows`` x V logits, and the gradient of ``weight`` in
     float32.
 
-    Merging parts of the vocabulary: :math:`\mathrm{lse} = \log \sum_k e^{\mathrm{lse}_k}`, :math:`w_k = e^{\mathrm{lse}_k -
-    \mathrm{lse}}`, entropy :math:`\sum_k w_k (H_k - \log w_k)`, in the order of ranks and in float64. Every rank
-    gets the whole gradient of ``hidden``, by an all-reduce.
+    Merging parts of the vocabulary: :math:`\mathrm{lse} = \log \sum_k e^{\mathrm{lse}_k}`, with
+    :math:`w_k = e^{\mathrm{lse}_k - \mathrm{lse}}` the entropy :math:`\sum_k w_k (H_k - \log w_k)` and
+    :math:`\sum_k w_k^2 s_k` for sum_p2, in the order of ranks and in float64. Every rank gets the whole gradient of
+    ``hidden``, by an all-reduce, whose bits are the process group's.
 
     Example:
         >>> import torch

@@ -9,8 +9,9 @@ from .logp import selective_log_softmax
 
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *,
                    temperature: float = 1.0, softcap: float | None = None, return_: Sequence[str] = ("logp",),
-                   out_dtype: torch.dtype = torch.float32) -> Tensor | tuple[Tensor, ...]:
-    """In the dtype of hidden, but for the last step; on one device."""
+                   out_dtype: torch.dtype = torch.float32, chunk_rows: int | None = None, fast: bool = False,
+                   ) -> Tensor | tuple[Tensor, ...]:
+    """In the dtype of hidden, but for the last step; whole, and without a group."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     return selective_log_softmax(logits, targets, temperature=temperature, softcap=softcap, return_=return_,
                                  out_dtype=out_dtype)
