@@ -9,6 +9,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # exp and log within 1.5 ulp, sums of at most 2048 numbers in the type, the rest in float64
 ERROR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of the gradient
+SMALL = {torch.float64: 1e-15, torch.float32: 2e-7, torch.bfloat16: 2e-7, torch.float16: 2e-7}  # p and q cancel
 SEEDS = torch.tensor([3, -5, 2**62, 8, 9, 10, 11])
 
 
@@ -40,7 +41,7 @@ def test_matches_float64(backend, shape, dtype):
         assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.shape == want.shape
         assert (loss - want).abs().max() <= ERROR[dtype] * (1 + want.abs().max()) if loss.numel() else True
         assert grad.dtype == dtype and torch.equal(logits, before)
-        torch.testing.assert_close(grad.double(), want_grad, rtol=ROUNDING[dtype], atol=ROUNDING[dtype] / 100)
+        torch.testing.assert_close(grad.double(), want_grad, rtol=ROUNDING[dtype], atol=2 * SMALL[dtype])
 
 
 @settings(max_examples=30, deadline=None)
@@ -75,7 +76,7 @@ def test_the_sampled_form_is_the_formula_for_its_samples(backend, dtype):
     torch.testing.assert_close(loss.double(), want, rtol=2 * ERROR[dtype], atol=2 * ERROR[dtype])
     grad = ops.one_token_rollout_backward(logits, targets, samples, state, torch.full_like(loss, 2), 1.3, beta)
     want_grad, = torch.autograd.grad(2 * want.sum(), z)
-    torch.testing.assert_close(grad.double(), want_grad, rtol=ROUNDING[dtype], atol=ROUNDING[dtype] / 100)
+    torch.testing.assert_close(grad.double(), want_grad, rtol=ROUNDING[dtype], atol=2 * SMALL[dtype])
 
 
 @pytest.mark.parametrize("cols", [5, 64, 200])

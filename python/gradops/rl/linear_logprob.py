@@ -98,9 +98,9 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
 
     Products of float32 input are in float32 (on CUDA as torch's settings say), those of 16-bit input are exact with
     sums in float32. Logits are float32, also for 16-bit input: logp is then as accurate as the input allows, about
-    1e-5, where 16-bit logits cost up to 0.1. On CPU the backward pass rounds them to 16 bits after the row's lse has
-    been taken away (without a softcap), which costs an entry of p the factor 1 + 2^-8 log p at most, and each chunk's part of
-    the gradient of ``weight``. That is summed in float32 over all chunks, and rounded once; with
+    1e-5, where 16-bit logits cost up to 0.1. On CPU the backward pass rounds to 16 bits the logits, after the row's lse
+    has been taken away (without a softcap), which costs an entry of p the factor 1 + 2^-8 log p at most, and each
+    chunk's part of the gradient of ``weight``. Those are summed in float32 over all chunks, and rounded once; with
     ``weight.grad_dtype = torch.float32`` not even that.
 
     First derivatives, reverse and forward mode: of logp, lse and entropy; those of the moments in forward mode only.

@@ -18,7 +18,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:
-    return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
 def one_token_rollout_loss(logits: Tensor, targets: Tensor, *, temperature: float = 1.5, beta: float = -0.1,
