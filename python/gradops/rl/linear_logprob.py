@@ -1,4 +1,5 @@
 """Log-probabilities from hidden states and the output layer, without the logits of all rows at once."""
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,12 +125,13 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
     _check(hidden, weight, targets, bias, temperature, softcap, return_, out_dtype, chunk_rows)
     single = targets.dim() == hidden.dim() - 1
     rows = hidden.shape[:-1]
+    n = math.prod(rows)  # numel() would fix a dynamic size
     at = (targets[..., None] if single else targets).long()
-    at = at.reshape(rows.numel(), at.shape[-1])
+    at = at.reshape(n, at.shape[-1])
     if group is not None:
         at = at - (group.rank() * weight.shape[0] if vocab_start is None else vocab_start)
         at = torch.where((at < 0) | (at >= weight.shape[0]), -1, at)
-    args = (hidden.reshape(rows.numel(), hidden.shape[-1]), weight, at, bias, float(temperature), float(softcap or 0),
+    args = (hidden.reshape(n, hidden.shape[-1]), weight, at, bias, float(temperature), float(softcap or 0),
             "entropy" in return_, "sum_p2" in return_ or "sum_p3" in return_,
             int(chunk_rows or CHUNK_ROWS[hidden.device.type == "cuda"]), bool(fast), group)
     wanted = needs_derivative(hidden, weight, *([] if bias is None else [bias]))
