@@ -29,4 +29,7 @@ CALLS = {
                                     mask=~every(5, x), gamma=0.9, lam=0.8),
         large=large),
     "carry_scan": Call(lambda x: (x, every(4, x).to(x.dtype) * 0.9, None), None, large=large),
+    "allocate_rollouts": Call(lambda p: (p.flatten().double().sigmoid(), 200, 1, 9, True),
+                              lambda p: rl.allocate_rollouts(p.flatten().sigmoid(), 200, low=1, high=9),
+                              large=lambda: torch.linspace(-9, 9, 100), derivatives=0, vmap=False),
 }

@@ -192,7 +192,6 @@ def test_error_does_not_grow_with_length(gamma, lam):
         torch.testing.assert_close(returns.double(), want + values.double(), rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind, seed, cu_seqlens", [("gae", 0, None), ("vtrace", 1, [0, 10, 16500, 16500]),
                                                     ("lambda", 1, None), ("lambda", 2, [0, 16490, 16500])])
 def test_chunks_on_cuda(cuda_backend, kind, seed, cu_seqlens):

@@ -1,4 +1,15 @@
 """Plain PyTorch twins of this family's functions: slow, any dtype, the yardstick of every test."""
+from .allocation import allocate_rollouts, curriculum_probs, curriculum_update
 from .scans import discounted_returns, gae, lambda_returns, vtrace
+from .segments import segment_trajectories
 
-__all__ = ["discounted_returns", "gae", "lambda_returns", "vtrace"]
+__all__ = [
+    "allocate_rollouts",
+    "curriculum_probs",
+    "curriculum_update",
+    "discounted_returns",
+    "gae",
+    "lambda_returns",
+    "segment_trajectories",
+    "vtrace",
+]
