@@ -95,7 +95,10 @@ def gae(settings: Settings) -> Iterator[Case]:
                 error=error(lambda r=rewards, v=values: reference.gae(r.double(), v.double(), gamma=GAMMA, lam=LAM)[0]),
             )  # fmt: skip
     rewards, values = numbers(2, (1024, 4096), torch.float32, settings)
-    mask = torch.rand(rewards.shape, generator=torch.Generator().manual_seed(1)).to(settings.device) < 0.8
+    # turns of 1 to 400 tokens, every second one by the model
+    turns = torch.randint(1, 400, (rewards.numel() // 100,), generator=torch.Generator().manual_seed(1))
+    turn = torch.repeat_interleave(turns)[: rewards.numel()].view(rewards.shape)
+    mask = (turn % 2 == 0).to(settings.device)
     yield Case(
         "gae", "1024x4096", torch.float32, variant="masked",
         ours=lambda: rl.gae(rewards, values, gamma=GAMMA, lam=LAM, mask=mask),

@@ -61,7 +61,8 @@ void cpu::scan(const ScanTask& t, void* workspace, void*) {
   if (t.offsets) {
     bool good = t.rows >= 0 && t.offsets[0] == 0 && t.offsets[t.rows] == t.tokens;
     for (int64_t i = 0; i < t.rows; ++i) good &= t.offsets[i] <= t.offsets[i + 1];
-    if (!good) throw std::runtime_error("cu_seqlens must start with 0, never decrease and end with the number of tokens");
+    if (!good)
+      throw std::runtime_error("cu_seqlens must start with 0, never decrease and end with the number of tokens");
   }
   const auto rows = GRADOPS_DISPATCH(scan_rows);
   if (t.tokens == 0) return rows(t, 0, t.rows);

@@ -182,9 +182,8 @@ __device__ void start_of(const Args<T>& t, const Chunk& c, const Found* found, d
 
 // A team of kWarps warps walks one chunk. kMeasure: only its map, and only of rows with several chunks.
 template <class T, int kWarps, bool kMeasure>
-__global__ void __launch_bounds__(128)
-    walk(const __grid_constant__ Args<T> t, ScanMap* __restrict__ maps, const Found* __restrict__ found,
-         int64_t slots) {
+__global__ void __launch_bounds__(128) walk(const __grid_constant__ Args<T> t, ScanMap* __restrict__ maps,
+                                            const Found* __restrict__ found, int64_t slots) {
   __shared__ ScanMap tile_map[2][kWarps];
   __shared__ Found tile_value[2][kWarps];
   const int lane = threadIdx.x % 32, warp = kWarps == 1 ? 0 : threadIdx.x / 32;
@@ -335,9 +334,26 @@ template <class T>
 void run(const ScanTask& s, void* memory, void* stream) {
   using Out = typename Args<T>::Out;
   const auto in = [](const void* p) { return static_cast<const T*>(p); };
-  const Args<T> t{s.kind, in(s.rewards), in(s.values), in(s.next_values), in(s.last_values), in(s.ratios),
-                  s.terminated, s.truncated, s.mask, s.offsets, s.rows, s.length, s.tokens, chunks_of(s.length),
-                  s.gamma, s.lam, s.rho_clip, s.c_clip, static_cast<Out*>(s.first), static_cast<Out*>(s.second)};
+  const Args<T> t{s.kind,
+                  in(s.rewards),
+                  in(s.values),
+                  in(s.next_values),
+                  in(s.last_values),
+                  in(s.ratios),
+                  s.terminated,
+                  s.truncated,
+                  s.mask,
+                  s.offsets,
+                  s.rows,
+                  s.length,
+                  s.tokens,
+                  chunks_of(s.length),
+                  s.gamma,
+                  s.lam,
+                  s.rho_clip,
+                  s.c_clip,
+                  static_cast<Out*>(s.first),
+                  static_cast<Out*>(s.second)};
   if (!s.offsets && s.length <= kShort) {
     launch(walk_short<T>, blocks((s.rows + kShortThreads - 1) / kShortThreads), kShortThreads, 0, stream, t);
     return;

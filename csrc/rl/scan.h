@@ -29,7 +29,7 @@ constexpr int64_t kScanChunk = 8192;
 
 struct ScanTask {
   ScanKind kind;
-  Element element;  // of what comes in; f64 goes out as f64, else f32
+  Element element;                                                    // of what comes in; f64 goes out as f64, else f32
   const void *rewards, *values, *next_values, *last_values, *ratios;  // all but rewards may be null
   const uint8_t *terminated, *truncated, *mask;                       // bool, may be null; mask: what counts
   const int64_t* offsets;  // rows + 1 of them, or null: every row has `length` tokens

@@ -2,6 +2,10 @@
 // the walk enters at the last lane. Only one multiply-add per block waits for the block before.
 #include "rl/scan.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "common/simd.h"
 #include "common/widen.h"
 
@@ -58,36 +62,56 @@ struct OutOf<double> {
   using type = double;
 };
 
+typedef double Doubles __attribute__((vector_size(W * sizeof(double)), aligned(sizeof(double)), may_alias));
+[[gnu::always_inline]] inline D load(const double* p) { return *reinterpret_cast<const Doubles*>(p); }
+[[gnu::always_inline]] inline D load(const float* p) {
+#if defined(__AVX512F__)  // gcc's own conversion of a vector takes twice the instructions
+  return D(_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p)));
+#elif defined(__AVX2__)
+  return D(_mm256_cvtps_pd(_mm_loadu_ps(p)));
+#else
+  D x;
+  for (int i = 0; i < W; ++i) x[i] = p[i];
+  return x;
+#endif
+}
 template <class T>
 [[gnu::always_inline]] inline D load(const T* p) {
-  D x;
-  if constexpr (sizeof(T) >= 4) {
-    typedef T Few __attribute__((vector_size(W * sizeof(T)), aligned(sizeof(T)), may_alias));
-    x = __builtin_convertvector(*reinterpret_cast<const Few*>(p), D);
-  } else {
-    for (int i = 0; i < W; ++i) x[i] = widen(p[i]);
-  }
-  return x;
+  float x[W];
+  for (int i = 0; i < W; ++i) x[i] = widen(p[i]);
+  return load(x);
 }
-template <class T>
-[[gnu::always_inline]] inline void store(D x, T* p) {
-  typedef T Few __attribute__((vector_size(W * sizeof(T)), aligned(sizeof(T)), may_alias));
-  *reinterpret_cast<Few*>(p) = __builtin_convertvector(x, Few);
+[[gnu::always_inline]] inline void store(D x, double* p) { *reinterpret_cast<Doubles*>(p) = x; }
+[[gnu::always_inline]] inline void store(D x, float* p) {
+#if defined(__AVX512F__)
+  _mm256_storeu_ps(p, _mm512_maskz_cvtpd_ps(0xff, __m512d(x)));
+#elif defined(__AVX2__)
+  _mm_storeu_ps(p, _mm256_cvtpd_ps(__m256d(x)));
+#else
+  for (int i = 0; i < W; ++i) p[i] = float(x[i]);
+#endif
 }
 [[gnu::always_inline]] inline M load_flags(const uint8_t* p) {
-  typedef uint8_t Few __attribute__((vector_size(W), aligned(1), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const Few*>(p), M) != 0;
+  M x;
+#if defined(__AVX512F__)
+  x = M(_mm512_maskz_cvtepu8_epi64(0xff, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  x = M(_mm256_cvtepu8_epi64(_mm_loadu_si32(p)));
+#else
+  for (int i = 0; i < W; ++i) x[i] = p[i];
+#endif
+  return x != 0;
 }
 
 template <class T>
 struct Walk {
   using Out = typename OutOf<T>::type;
   const ScanTask& t;
-  const bool write;
+  const bool write, fold;                       // fold: the map of the piece is wanted
   D carry, following, x_all{}, a_all = all(1);  // each the same in all lanes
 
-  Walk(const ScanTask& task, const ScanPiece& piece, bool w)
-      : t(task), write(w), carry(all(piece.carry)), following(all(piece.following)) {}
+  Walk(const ScanTask& task, const ScanPiece& piece, bool w, bool f)
+      : t(task), write(w), fold(f), carry(all(piece.carry)), following(all(piece.following)) {}
 
   // Lanes [lo, hi) of the block at token p exist.
   [[gnu::always_inline]] D get(const void* from, int64_t p, int lo, int hi) const {
@@ -167,39 +191,78 @@ struct Walk {
     if (t.kind == ScanKind::advantages) put(counts ? y + v : D{}, t.second, p, lo, hi);
   }
 
-  // A full block of advantages or returns where every token counts and multiplies by q.
+  // A full block where every token counts and multiplies by q = gamma lam: the steps' factors are known.
+  struct Plain {
+    D steps[3] = {}, to_carry = all(1), block;
+    double weight;  // of the value that follows
+    explicit Plain(const ScanTask& t) {
+      const double q = t.gamma * t.lam;
+      for (int i = W; i-- > 0;)
+        for (int k = i; k < W; ++k) to_carry[i] *= q;
+      for (int k = 0, s = 1; s < W; ++k, s *= 2)
+        for (int i = 0; i + s < W; ++i) steps[k][i] = to_carry[W - s];
+      block = all(to_carry[0]);
+      weight = t.kind == ScanKind::advantages ? t.gamma : t.gamma - q;
+    }
+  };
   template <int S>
   [[gnu::always_inline]] static void steps(D& x, const D* factor) {
     x += *factor * shift<S>(x, D{});
     if constexpr (2 * S < W) steps<2 * S>(x, factor + 1);
   }
-  [[gnu::always_inline]] void plain(int64_t p, const D* factors, D to_carry, D block, double weight) {
+  [[gnu::always_inline]] void plain(int64_t p, const Plain& c) {
     D x = load(static_cast<const T*>(t.rewards) + p), v{};
     if (t.values) {
       v = load(static_cast<const T*>(t.values) + p);
       const D n = shift<1>(v, following);
       following = first_everywhere(v, Lanes());
-      x += weight * n;
+      x += c.weight * n;
       if (t.kind == ScanKind::advantages) x -= v;
     }
-    steps<1>(x, factors);
-    const D y = x + to_carry * carry, x0 = first_everywhere(x, Lanes());
-    carry = x0 + block * carry;
-    x_all = x0 + block * x_all;
-    a_all *= block;
+    steps<1>(x, c.steps);
+    const D y = x + c.to_carry * carry, x0 = first_everywhere(x, Lanes());
+    carry = x0 + c.block * carry;
+    if (fold) {
+      x_all = x0 + c.block * x_all;
+      a_all *= c.block;
+    }
     if (!write) return;
     store(y, static_cast<Out*>(t.first) + p);
     if (t.kind == ScanKind::advantages) store(y + v, static_cast<Out*>(t.second) + p);
   }
-  void plain_blocks(int64_t& p, int64_t begin) {
-    const double q = t.gamma * t.lam, weight = t.kind == ScanKind::advantages ? t.gamma : t.gamma - q;
-    D factors[3] = {}, power = all(1);
-    for (int i = W; i-- > 0;)
-      for (int k = i; k < W; ++k) power[i] *= q;
-    for (int k = 0, s = 1; s < W; ++k, s *= 2)
-      for (int i = 0; i + s < W; ++i) factors[k][i] = power[W - s];
-    const D block = all(power[0]);
-    for (; p - W >= begin; p -= W) plain(p - W, factors, power, block, weight);
+
+  // W flags as one number.
+  static constexpr uint64_t kAllSet = 0x0101010101010101 >> (64 - 8 * W);
+  [[gnu::always_inline]] static uint64_t packed(const uint8_t* flags) {
+    uint64_t bits = 0;
+    __builtin_memcpy(&bits, flags, W);
+    return bits;
+  }
+  // The processors' own prefetchers follow a walk towards lower addresses badly.
+  [[gnu::always_inline]] static void prefetch(const void* from, int64_t p) {
+    constexpr uintptr_t kAhead = 2048;
+    __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(static_cast<const T*>(from) + p) - kAhead));
+  }
+  [[gnu::always_inline]] void backward(int64_t begin, int64_t end) {
+    const Plain c(t);
+    // gamma (1 - lam) = 0 must hide a NaN among the values
+    const bool steady = !t.next_values && !t.ratios && t.gamma * t.lam != 0 &&
+                        (t.kind == ScanKind::advantages || !t.values || t.lam != 1);
+    int64_t p = end - W;
+    for (; p >= begin; p -= W) {
+      prefetch(t.rewards, p);
+      if (t.values) prefetch(t.values, p);
+      const uint64_t counts = t.mask ? packed(t.mask + p) : kAllSet;
+      if (steady && counts == kAllSet && !(t.terminated && packed(t.terminated + p))) {
+        plain(p, c);
+      } else if (counts) {
+        general(p, 0, W);
+      } else if (write) {
+        put(D{}, t.first, p, 0, W);
+        if (t.kind == ScanKind::advantages) put(D{}, t.second, p, 0, W);
+      }
+    }
+    if (p + W > begin) general(p, int(begin - p), W);
   }
 
   [[gnu::always_inline]] void forward(int64_t p, int hi) {
@@ -210,27 +273,21 @@ struct Walk {
     if (write) put(reverse(shift<1>(y, before), Lanes()), t.first, p, 0, hi);
   }
 
-  void run(int64_t begin, int64_t end) {
-    int64_t p = end;
-    if (t.kind == ScanKind::carry) {
-      for (p = begin; p + W <= end; p += W) forward(p, W);
-      if (p < end) forward(p, int(end - p));
-      return;
-    }
-    const bool flags = t.terminated || t.truncated || t.mask;
-    const bool steady = !flags && !t.next_values && !t.ratios && t.gamma * t.lam != 0;
-    // gamma (1 - lam) = 0 must hide a NaN among the values
-    if (steady && (t.kind == ScanKind::advantages || !t.values || t.lam != 1)) plain_blocks(p, begin);
-    for (; p - W >= begin; p -= W) general(p - W, 0, W);
-    if (p > begin) general(p - W, int(W - (p - begin)), W);
+  [[gnu::always_inline]] void run(int64_t begin, int64_t end) {
+    if (t.kind != ScanKind::carry) return backward(begin, end);
+    for (; begin + W <= end; begin += W) forward(begin, W);
+    if (begin < end) forward(begin, int(end - begin));
   }
 };
 
 template <class T>
-[[gnu::noinline]] ScanMap walk(const ScanTask& t, ScanPiece& piece, bool write) {  // one copy: all callers round alike
-  Walk<T> w(t, piece, write);
+[[gnu::noinline]] ScanMap walk(const ScanTask& t, ScanPiece& piece, bool write,
+                               bool fold) {  // one copy: all callers round alike
+  Walk<T> w(t, piece, write, fold);
   if constexpr (sizeof(T) >= 4)
-    flushing_denormals([&] { w.run(piece.begin, piece.end); });  // a carry that fades out would end among them
+    flushing_denormals([&]() __attribute__((always_inline)) {
+      w.run(piece.begin, piece.end);
+    });  // a carry that fades out would end among them
   else
     w.run(piece.begin, piece.end);
   piece.following = w.following[0];
@@ -267,7 +324,7 @@ void finish(const ScanTask& t, int64_t row, double carry) {
 
 ScanMap scan_piece(const ScanTask& t, ScanPiece& piece, bool write) {
   ScanMap map{};
-  with_type(t.element, [&](auto zero) { map = walk<decltype(zero)>(t, piece, write); });
+  with_type(t.element, [&](auto zero) { map = walk<decltype(zero)>(t, piece, write, true); });
   return map;
 }
 
@@ -295,15 +352,16 @@ void scan_finish(const ScanTask& t, int64_t row, double carry) {
 void scan_rows(const ScanTask& t, int64_t first, int64_t last) {
   with_type(t.element, [&](auto zero) {
     using T = decltype(zero);
-    for (int64_t row = first; row < last; ++row) {
+    for (int64_t row = last; row-- > first;) {  // downwards, as the walk: memory is read in one direction
       const int64_t begin = t.offsets ? t.offsets[row] : row * t.length;
       const int64_t end = t.offsets ? t.offsets[row + 1] : begin + t.length;
       ScanPiece piece = start<T>(t, row, begin, end);
+      const bool fold = t.kind == ScanKind::carry || end - begin > kScanChunk;
       for (int64_t done = 0; done < end - begin; done += kScanChunk) {
         const int64_t size = end - begin - done < kScanChunk ? end - begin - done : kScanChunk;
         piece.begin = t.kind == ScanKind::carry ? begin + done : end - done - size;
         piece.end = piece.begin + size;
-        piece.carry = scan_fold(walk<T>(t, piece, true), piece.carry);
+        piece.carry = scan_fold(walk<T>(t, piece, true, fold), piece.carry);
       }
       finish<T>(t, row, piece.carry);
     }

@@ -26,8 +26,7 @@ class Arguments {
     task_.rows = 1;
     for (int64_t n : rows_) task_.rows *= n;
     if (!cu_seqlens) return;
-    STD_TORCH_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1 &&
-                        cu_seqlens->scalar_type() == ScalarType::Long,
+    STD_TORCH_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1 && cu_seqlens->scalar_type() == ScalarType::Long,
                     op, ": cu_seqlens must be int64 (rows + 1)");
     task_.rows = cu_seqlens->numel() - 1;
     rows_ = {task_.rows};
@@ -69,9 +68,7 @@ class Arguments {
     STD_TORCH_CHECK(same, op_, ": ", name, per_row ? " must have one number per row" : " must have the first shape");
     return keep(x).const_data_ptr();
   }
-  ScalarType out_type() const {
-    return task_.element == Element::f64 ? ScalarType::Double : ScalarType::Float;
-  }
+  ScalarType out_type() const { return task_.element == Element::f64 ? ScalarType::Double : ScalarType::Float; }
 
   const char* op_;
   ScanTask task_{};
