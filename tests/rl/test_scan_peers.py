@@ -58,7 +58,7 @@ def test_torchrl_gae(functional):
 
 
 def test_torchrl_lambda_returns(functional):
-    rewards, values, next_values, terminated, truncated = rollout()
+    rewards, _, next_values, terminated, truncated = rollout()
     n, r, done, end = column(next_values, rewards, terminated | truncated, terminated)
     want = functional.td_lambda_return_estimate(0.97, 0.9, n, r, done, end)
     ours = rl.lambda_returns(rewards, gamma=0.97, lam=0.9, terminated=terminated, truncated=truncated,

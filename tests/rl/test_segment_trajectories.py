@@ -32,7 +32,7 @@ def test_matches_reference(lengths, seed, double, index):
     for x, y in zip(ours, want, strict=True):
         assert torch.equal(x, y)
     if not double:  # every trainable token is trained exactly once
-        assert torch.equal(ours.index[ours.mask].sort().values, trainable.nonzero()[:, 0])
+        assert torch.equal(ours.tokens[ours.mask].sort().values, trainable.nonzero()[:, 0])
 
 
 def test_an_agent_that_prunes_twice():
@@ -46,13 +46,13 @@ def test_an_agent_that_prunes_twice():
     removed_by[8] = 1
     args = torch.tensor([0, 11]), trainable, prunes, removed_by
     s = segment_trajectories(*args)
-    pieces = [s.index[b:e].tolist() for b, e in zip(s.cu_seqlens[:-1], s.cu_seqlens[1:], strict=True)]
+    pieces = [s.tokens[b:e].tolist() for b, e in zip(s.cu_seqlens[:-1], s.cu_seqlens[1:], strict=True)]
     assert pieces == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 4, 5, 6, 7, 8, 9], [0, 1, 2, 4, 5, 6, 9, 10]]
-    trained = [s.index[b:e][s.mask[b:e]].tolist() for b, e in zip(s.cu_seqlens[:-1], s.cu_seqlens[1:], strict=True)]
+    trained = [s.tokens[b:e][s.mask[b:e]].tolist() for b, e in zip(s.cu_seqlens[:-1], s.cu_seqlens[1:], strict=True)]
     assert trained == [[1, 2, 5], [6, 9], [10]]
     assert s.trajectory_ids.tolist() == [0, 0, 0] and s.trajectory_offsets.tolist() == [0, 3]
     twice = segment_trajectories(*args, double_count=True)
-    assert twice.index[15:][twice.mask[15:]].tolist() == [1, 2, 5, 6, 9, 10]
+    assert twice.tokens[15:][twice.mask[15:]].tolist() == [1, 2, 5, 6, 9, 10]
 
 
 def test_bad_input():

@@ -22,8 +22,8 @@ def allocate_rollouts(p: Tensor, budget: int, *, low: int = 2, high: int = 128, 
 
     Args:
         p: ``(prompts,)`` success rates in [0, 1]; any floating dtype, on the CPU: the plan is made there.
-        budget: rollouts to hand out; at least ``low * len(p)``. Up to ``high`` per prompt are used; what cannot be used,
-            or has nothing to gain under "greedy", is left over.
+        budget: rollouts to hand out; at least ``low * len(p)``. What would go beyond ``high``, or under "greedy" has
+            nothing to gain, is left over.
         low, high: rollouts that every prompt gets at least and at most; ``1 <= low <= high <= 65536``.
         method: "exact" finds an optimum by dynamic programming, in float64, O(len(p) * budget * (high - low)) time and
             4 bytes times len(p) * budget of memory; "greedy" is the paper's marginal gain, O(budget log len(p)), ties

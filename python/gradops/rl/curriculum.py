@@ -15,8 +15,8 @@ def curriculum_update(q: Tensor, categories: Tensor, advantages: Tensor, alpha: 
     Args:
         q: ``(categories,)`` floating-point values; start from zeros. Not modified.
         categories: ``(samples,)`` int32 or int64 in ``[0, len(q))``.
-        advantages: ``(samples,)`` floating-point: one number per sample. Where advantages differ between the tokens of a
-            sample, pass its mean of ``|A|`` over response tokens.
+        advantages: ``(samples,)`` floating-point: one number per sample. Where the tokens of a sample differ, pass its
+            mean of ``|A|`` over response tokens.
         alpha: step size in [0, 1]. The authors' scripts use 0.5.
         unseen: a category without samples this step "decay"s, as if its mean were 0, or "keep"s its value.
 

@@ -123,11 +123,11 @@ def _any_derivative(inputs: Inputs) -> bool:
 
 
 def _run_advantages(inputs: Inputs, s: Steps) -> tuple[Tensor, Tensor]:
-    rewards, values, next_values, last_values = inputs
+    numbers: list[Tensor | None] = list(inputs)
     if s.ratios is not None:  # float32 or float64, as then all numbers of the op
-        rewards, values, next_values, last_values = (None if x is None else x.to(s.ratios.dtype) for x in inputs)
-    return _advantage_scan(rewards, values, next_values, last_values, s.ratios, s.terminated, s.truncated, s.mask,
-                           s.cu_seqlens, s.gamma, s.lam, s.rho_clip, s.c_clip)
+        numbers = [None if x is None else x.to(s.ratios.dtype) for x in inputs]
+    return _advantage_scan(*numbers, s.ratios, s.terminated, s.truncated, s.mask, s.cu_seqlens, s.gamma, s.lam,
+                           s.rho_clip, s.c_clip)
 
 
 def _run_returns(inputs: Inputs, s: Steps) -> Tensor:

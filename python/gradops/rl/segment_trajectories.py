@@ -8,9 +8,9 @@ from .._checks import check_device, check_integers, check_like, check_tensor
 
 
 class Segments(NamedTuple):
-    """Packed segments. `tokens[index]` are their tokens, `logp[mask]` what is trained."""
+    """Packed segments: `history[tokens]` is what they hold, and `mask` says where it is trained."""
 
-    index: Tensor  # (M,) int64: the token of the history at each place
+    tokens: Tensor  # (M,) int64: the token of the history at each place
     mask: Tensor  # (M,) bool: trained there
     cu_seqlens: Tensor  # (segments + 1,) int64
     trajectory_ids: Tensor  # (segments,) int64
@@ -22,9 +22,9 @@ def segment_trajectories(cu_seqlens: Tensor, trainable: Tensor, prunes: Tensor, 
     r"""Cuts packed trajectories at their prune calls into the contexts that the model really saw.
 
     An agent that edits its memory sees, after each edit, a context that is no longer a prefix of the next one. A
-    trajectory with edits ``0, 1, ..., m - 1`` becomes segments ``0, ..., m``: segment ``k`` holds, in order, the tokens up
-    to and including call ``k`` (for ``k = m``: all) that no call before ``k`` removed. A last segment without new tokens
-    is left out. Each trainable token is trained in the segment in which it was produced.
+    trajectory with edits ``0, 1, ..., m - 1`` becomes segments ``0, ..., m``: segment ``k`` holds, in order, the
+    tokens up to and including call ``k`` (for ``k = m``: all) that no call before ``k`` removed. A last segment
+    without new tokens is left out. Each trainable token is trained in the segment in which it was produced.
 
     Args:
         cu_seqlens: int32 or int64 ``(trajectories + 1,)``: trajectory ``i`` has tokens
@@ -37,8 +37,8 @@ def segment_trajectories(cu_seqlens: Tensor, trainable: Tensor, prunes: Tensor, 
         double_count: also train the tokens from before the last prune call that the last segment still holds.
 
     Returns:
-        :class:`Segments`. ``trajectory_ids`` and, for ``G`` trajectories per prompt, ``trajectory_offsets[::G]`` are what
-        :func:`trajectory_advantages` takes.
+        :class:`Segments`. ``trajectory_ids`` and, for ``G`` trajectories per prompt, ``trajectory_offsets[::G]`` are
+        what :func:`trajectory_advantages` takes.
 
     Raises:
         TypeError: a tensor has a wrong dtype or layout.
@@ -54,9 +54,9 @@ def segment_trajectories(cu_seqlens: Tensor, trainable: Tensor, prunes: Tensor, 
         >>> s = segment_trajectories(  # call 0 ends with token 2 and removes token 1
         ...     torch.tensor([0, 5]), torch.tensor([False, False, True, False, True]),
         ...     torch.tensor([False, False, True, False, False]), torch.tensor([-1, 0, -1, -1, -1]))
-        >>> s.index, s.cu_seqlens
+        >>> s.tokens, s.cu_seqlens
         (tensor([0, 1, 2, 0, 2, 3, 4]), tensor([0, 3, 7]))
-        >>> s.index[s.mask]
+        >>> s.tokens[s.mask]
         tensor([2, 4])
     """
     check_integers(cu_seqlens, "cu_seqlens")
@@ -105,4 +105,5 @@ def segment_trajectories(cu_seqlens: Tensor, trainable: Tensor, prunes: Tensor, 
     ids = torch.repeat_interleave(segments)
     lengths = torch.zeros(ids.shape[0], dtype=torch.int64, device=ids.device)
     lengths = lengths.scatter_add(0, segment, torch.ones_like(segment))  # of integers: any order gives the same
-    return Segments(token, trainable[token] & trained, torch.cat([bounds.new_zeros(1), lengths.cumsum(0)]), ids, offsets)
+    starts = torch.cat([bounds.new_zeros(1), lengths.cumsum(0)])
+    return Segments(token, trainable[token] & trained, starts, ids, offsets)

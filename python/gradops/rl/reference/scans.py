@@ -1,4 +1,6 @@
 """Returns, advantages and V-trace, token by token."""
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -67,16 +69,17 @@ def _scan(step, rewards, values, next_values, last_values, terminated, truncated
     ratios = wide(ratios).exp() if ratios is not None else None
     tokens = (rewards, values, next_values, ratios, terminated, truncated, mask)
     if cu_seqlens is None:
-        return _rows(step, *tokens, last_values, advantages)
+        return _rows(step, tokens, last_values, advantages)
     bounds = cu_seqlens.tolist()
-    rows = [_rows(step, *(x if x is None else x[b:e] for x in tokens),
+    rows = [_rows(step, [x if x is None else x[b:e] for x in tokens],
                   last_values if last_values is None else last_values[i], advantages)
-            for i, (b, e) in enumerate(zip(bounds, bounds[1:], strict=False))]
+            for i, (b, e) in enumerate(pairwise(bounds))]
     outputs = 2 if advantages else 1
     return tuple(torch.cat([row[i] for row in rows]) if rows else rewards.clone() for i in range(outputs))
 
 
-def _rows(step, rewards, values, next_values, ratios, terminated, truncated, mask, last_values, advantages) -> Tensors:
+def _rows(step, tokens, last_values, advantages) -> Tensors:
+    rewards, values, next_values, ratios, terminated, truncated, mask = tokens
     zero = torch.zeros_like(rewards[..., :0].sum(-1))
     never = torch.zeros_like(zero, dtype=torch.bool)
     following = zero if last_values is None else last_values  # the value of the next token that counts
