@@ -1,5 +1,8 @@
 """Plain PyTorch twins of this family's functions: slow, any dtype, the yardstick of every test."""
+from .allocation import allocate_rollouts, curriculum_probs, curriculum_update
 from .linear import linear_logprob, one_token_rollout_loss
 from .logp import selective_log_softmax, top_p_keep
+from .scans import discounted_returns, gae, lambda_returns, vtrace
+from .segments import segment_trajectories
 
-__all__ = ["linear_logprob", "one_token_rollout_loss", "selective_log_softmax", "top_p_keep"]
+__all__ = ["allocate_rollouts", "curriculum_probs", "curriculum_update", "discounted_returns", "gae", "lambda_returns", "linear_logprob", "one_token_rollout_loss", "segment_trajectories", "selective_log_softmax", "top_p_keep", "vtrace"]
