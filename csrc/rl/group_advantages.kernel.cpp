@@ -163,12 +163,12 @@ void apply(const Work& k, Buffer& b, int64_t rows, const GroupSums<Lanes>& s, co
            Mask single) {
   const bool max2 = k.t.rule.baseline == Baseline::max2;
   const bool own_factor = k.t.rule.baseline == Baseline::loo && k.t.items.weights;
-  const Lanes low = s.low, shift = a.shift, gain = a.gain, top = (s.high - s.second) * gain + (s.m2 - s.m2);
+  const Lanes low = s.low, shift = a.shift, gain = a.gain, top = (s.high - s.second) * gain, nan = s.m2 - s.m2;
   for (int64_t j = 0; j < rows; ++j) {
     const Lanes x = vec_at(b.x + j * W), w = k.masked ? Lanes(vec_at(b.w + j * W)) : Lanes(1.);
     Lanes y = (x - low + shift) * gain;
-    if (max2) y = select(single, y, select(x == s.high, top, 0.));
-    if (own_factor) y = y * loo_factor(s.weight, w);
+    if (max2) y = select(single, y, select(x == s.high, top, 0.) + nan);
+    if (own_factor) y = select(single, y, y * loo_factor(s.weight, w));
     vec_at(b.x + j * W) = select(w > 0., y + 0., 0.).v;  // + 0: no negative zeros
   }
 }

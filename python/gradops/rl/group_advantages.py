@@ -192,8 +192,8 @@ def _gdpo(rewards: Tensor, offsets: Tensor | None, first: Tensor | None, second:
 
 
 @torch.compiler.allow_in_graph
-def trajectory_advantages(rewards: Tensor, trajectory_ids: Tensor, segment_offsets: Tensor, *, scale: str = "group",
-                          eps: float = 1e-6, singleton: str = "keep") -> Tensor:
+def trajectory_advantages(rewards: Tensor, trajectory_ids: Tensor, segment_offsets: Tensor, *, eps: float = 1e-6,
+                          singleton: str = "keep") -> Tensor:
     r"""Normalises rewards over trajectories and hands every segment the advantage of its trajectory.
 
     .. math::
@@ -207,10 +207,8 @@ def trajectory_advantages(rewards: Tensor, trajectory_ids: Tensor, segment_offse
         trajectory_ids: ``(S,)`` labels, int64 or int32: the trajectory a segment is of; any values, told apart inside
             a prompt.
         segment_offsets: ``(P + 1,)``: prompt ``p`` has the segments ``segment_offsets[p]:segment_offsets[p + 1]``.
-        scale: ``"group"``, divide by the standard deviation with Bessel's correction; ``"none"``, do not.
-        eps: added to it.
-        singleton: of a prompt with one trajectory: ``"keep"``, ``R / (1 + eps)`` (R with ``scale="none"``), as the
-            authors' code; ``"zero"``.
+        eps: added to the standard deviation, which has Bessel's correction.
+        singleton: of a prompt with one trajectory: ``"keep"``, ``R / (1 + eps)``, as the authors' code; ``"zero"``.
 
     Returns:
         ``(S,)`` advantages: float32, or float64 for float64 rewards.
@@ -232,11 +230,9 @@ def trajectory_advantages(rewards: Tensor, trajectory_ids: Tensor, segment_offse
     if rewards.dim() != 1:
         raise ValueError(f"rewards must have 1 dimension, got shape {tuple(rewards.shape)}")
     refuse_derivative("trajectory_advantages", rewards=rewards)
-    check_one_of(scale, "scale", ("group", "none"))
-    rule, _, eps = _rule("mean", scale, None, eps, None, singleton, None, None, None, False)
+    rule, _, eps = _rule("mean", "group", None, eps, None, singleton, None, None, None, False)
     trajectories = check_labels(trajectory_ids, "trajectory_ids", rewards)
     offsets = check_offsets(segment_offsets, rewards, "segment_offsets")
     prompts = as_ids(rewards, offsets, None, 1)
-    weights = 1.0 / counts([prompts, trajectories])
-    # Bessel's correction also tells one trajectory (total weight 1) from several, so it is asked for in either case.
+    weights = counts([prompts, trajectories]).double().reciprocal()  # a trajectory's segments weigh 1 together
     return _op(rewards, offsets, None, None, None, weights, None, 1, rule, 1.0, eps, 1.0)[0]

@@ -100,7 +100,7 @@ def _group(r: Tensor, w: Tensor, lengths: Tensor, s: dict[str, Any], batch: Tens
         a[top.indices[0]] = top.values[0] - top.values[1]
         a = a + 0 * r.sum()
     else:
-        a = r
+        a = r.clone()
     if scale == "group":
         a = a / _divisor(_std(r, w, correction), s)
     elif scale == "batch":
@@ -172,8 +172,8 @@ def group_advantages(rewards: Tensor, *, offsets: Tensor | None = None, ids: Any
     return out.to(out_dtype), is_degenerate
 
 
-def trajectory_advantages(rewards: Tensor, trajectory_ids: Tensor, segment_offsets: Tensor, *, scale: str = "group",
-                          eps: float = 1e-6, singleton: str = "keep") -> Tensor:
+def trajectory_advantages(rewards: Tensor, trajectory_ids: Tensor, segment_offsets: Tensor, *, eps: float = 1e-6,
+                          singleton: str = "keep") -> Tensor:
     out = torch.zeros(len(rewards), dtype=torch.promote_types(rewards.dtype, torch.float32))
     bounds = segment_offsets.tolist()
     for a, b in zip(bounds[:-1], bounds[1:], strict=True):
@@ -181,8 +181,7 @@ def trajectory_advantages(rewards: Tensor, trajectory_ids: Tensor, segment_offse
         if b == a:
             continue
         first = torch.stack([torch.nonzero(ids == t)[0, 0] for t in range(int(ids.max()) + 1)])
-        own, _ = group_advantages(rewards[a:b][first], group_size=len(first), scale=scale, eps=eps,
-                                  singleton=singleton)
+        own, _ = group_advantages(rewards[a:b][first], group_size=len(first), eps=eps, singleton=singleton)
         out[a:b] = own[ids]
     return out
 
