@@ -13,7 +13,10 @@ from . import calls
 CALLS = {}
 for module in pkgutil.iter_modules(calls.__path__):
     CALLS |= importlib.import_module(f"{calls.__name__}.{module.name}").CALLS
-INNER = {"positive_eigen"}  # behind the derivatives of polar and inv_sqrt, which have tests of their own
+INNER = {
+    "positive_eigen",  # behind the derivatives of polar and inv_sqrt, which have tests of their own
+    "group_index",  # takes and gives integers: nothing to differentiate
+}
 
 
 def where(condition):

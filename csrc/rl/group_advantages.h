@@ -1,0 +1,42 @@
+// group_advantages: rewards minus a baseline of their group, divided by a spread. segment_stats: the groups' moments.
+// Torch-free interface. Rewards of 16 bits give advantages in float, others in their own type.
+#pragma once
+#include "common/isa.h"
+#include "rl/group_rules.h"
+
+namespace gradops {
+
+struct GroupTask {
+  GroupItems items;
+  Groups groups;
+  GroupRule rule;
+  void* out;         // [batch, items] advantages, or null for
+  double* stats;     // [batch, 5, groups]: count, mean, m2, min, max
+  bool* degenerate;  // [batch, items], with out
+};
+
+// Groups [begin, end) of one row. The item at position p is order[p], or p itself.
+struct GroupRow {
+  GroupItems items;
+  GroupRule rule;
+  const int64_t* offsets;
+  int64_t groups, group_size;
+  const int32_t* order;
+  const int64_t* long_order;
+  double batch_spread;
+  void* out;
+  bool* degenerate;
+  double* stats;
+  bool blend;  // with what `out` holds
+};
+GRADOPS_DECLARE(void, group_rows, const GroupRow&, int64_t begin, int64_t end)
+
+namespace cpu {
+void group_advantages(const GroupTask&, void* workspace, void* = nullptr);
+int64_t group_advantages_workspace(const GroupTask&);  // bytes
+}  // namespace cpu
+namespace cuda {
+void group_advantages(const GroupTask&, void* workspace, void* stream);
+int64_t group_advantages_workspace(const GroupTask&);
+}  // namespace cuda
+}  // namespace gradops
