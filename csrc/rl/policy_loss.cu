@@ -96,7 +96,8 @@ __global__ void __launch_bounds__(kThreads)
     if (common_slope) slope += double(l.slope), l.slope = C(0);
     if (t.ref_logp) {
       const C u = at(t.ref_logp, i) - lp;
-      const TokenKl<C> k = token_kl(t.rule.kl, u, exp_of_ratio(u));
+      TokenKl<C> k{};
+      with_kl(t.rule.kl, [&](auto which) { k = token_kl<decltype(which)::value>(u, exp_of_ratio(u)); });
       sum[kRefKl] += double(k.value);
       l.loss += beta * k.value;
       l.slope += beta * k.slope;

@@ -1,11 +1,9 @@
-// A sequence is worked on in tiles that stay in the L1 cache: gather its numbers (masked ones as harmless zeros), then
-// losses and slopes, then sums. Sums are made in double, in an order that depends on the place in the sequence
-// only, and masked tokens add zero: a packed and a padded batch get the same bits.
+// Tile by tile: gather the numbers (masked ones as harmless zeros), then losses and slopes, then sums in double.
 #include "rl/policy_loss.h"
 
 #include "common/exp_log.h"
-#include "common/simd.h"
 #include "common/widen.h"
+#include "rl/token_tile.h"
 
 #define GRADOPS_INLINE [[gnu::always_inline]] inline
 #include "rl/policy_token.h"
@@ -13,29 +11,14 @@
 namespace gradops::GRADOPS_ISA {
 namespace {
 
-constexpr int kTile = 256, kStep = 16;  // a tile is filled up to a multiple of kStep
-
 template <class C>
 struct Tile {
   alignas(64) C log_ratio[kTile], logp[kTile], advantage[kTile], weight[kTile], u[kTile];  // u: ref_logp - logp
+  // The ratio of a whole sequence, once per token: the compiler would split a loop with an invariant in comparisons,
+  // and then not vectorize it.
+  alignas(64) C ratio[kTile];
   alignas(64) C loss[kTile], slope[kTile], less1[kTile], k3[kTile], ref[kTile], code[kTile];
 };
-
-// The sum of n numbers, n a multiple of kStep.
-template <class C>
-double sum(const C* x, int n) {
-  constexpr int kLanes64 = kVectorBytes / 8;
-  typedef C Narrow __attribute__((vector_size(kLanes64 * sizeof(C)), may_alias, aligned(alignof(C))));
-  Vec<double> a = {}, b = {};
-  for (int i = 0; i < n; i += 2 * kLanes64) {
-    a += __builtin_convertvector(*reinterpret_cast<const Narrow*>(x + i), Vec<double>);
-    b += __builtin_convertvector(*reinterpret_cast<const Narrow*>(x + i + kLanes64), Vec<double>);
-  }
-  a += b;
-  double s = 0;
-  for (int i = 0; i < kLanes64; ++i) s += a[i];
-  return s;
-}
 
 template <class T>
 struct Computing {
@@ -71,31 +54,7 @@ struct Sequence {
     mask = t.mask ? t.mask + begin : nullptr;
     dlogp = static_cast<C*>(t.dlogp) + begin;
   }
-
-  int64_t count() const {
-    if (!mask) return length;
-    int64_t n = 0;
-#pragma omp simd reduction(+ : n)
-    for (int64_t i = 0; i < length; ++i) n += mask[i] != 0;
-    return n;
-  }
 };
-
-// Calls f(i) for the tokens of a tile, and writes zeros where one is masked and behind the last.
-template <class C, class F>
-GRADOPS_INLINE void gather(C* to, const uint8_t* mask, int n, const F& f) {
-  if (mask) {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      const C x = f(i);
-      to[i] = mask[i] ? x : C(0);
-    }
-  } else {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) to[i] = f(i);
-  }
-  for (int i = n; i % kStep; ++i) to[i] = C(0);
-}
 
 template <class T, class C>
 void gather_log_ratio(const Sequence<T>& q, int64_t at, int n, Tile<C>& tile) {
@@ -130,41 +89,34 @@ void gather_rest(const Sequence<T>& q, int64_t at, int n, Tile<C>& tile) {
   if (ref_logp) gather(tile.u, mask, n, [=](int i) { return ref_logp[i] - C(widen(logp[i])); });
 }
 
-// Losses, slopes and statistics of a tile; the ratio is that of each token, or `shared`.
+// Losses, slopes and statistics of a tile; the ratio is that of each token, or the sequence's.
 template <PolicyObjective kObjective, bool kShared, class C>
-void evaluate(Tile<C>& tile, int n, const TokenRule<C>& rule, const Exp<C>& shared) {
-  for (int begin = 0; begin < n; begin += kStep) {
+void evaluate(Tile<C>& tile, int n, TokenRule<C> rule) {
 #pragma omp simd
-    for (int j = 0; j < kStep; ++j) {
-      const int i = begin + j;
-      const C d = tile.log_ratio[i];
-      const Exp<C> own = exp_parts(d, exp_of(d), exp_tail(d));
-      const TokenLoss<C> l = token_loss<kObjective>(rule, kShared ? shared.e : own.e, tile.advantage[i], tile.weight[i],
-                                                    tile.logp[i], [](C x) { return exp_of(x); });
-      tile.loss[i] = l.loss;
-      tile.slope[i] = l.slope;
-      tile.code[i] = l.code;
-      tile.k3[i] = own.k3;
-      tile.less1[i] = own.less1;
-    }
+  for (int i = 0; i < n; ++i) {
+    const C d = tile.log_ratio[i];
+    const Exp<C> own = exp_parts(d, exp_of(d), exp_tail(d));
+    const TokenLoss<C> l = token_loss<kObjective>(rule, kShared ? tile.ratio[i] : own.e, tile.advantage[i], tile.weight[i],
+                                                  tile.logp[i], [](C x) { return exp_of(x); });
+    tile.loss[i] = l.loss;
+    tile.slope[i] = l.slope;
+    tile.code[i] = l.code;
+    tile.k3[i] = own.k3;
+    tile.less1[i] = own.less1;
   }
 }
 
-template <class C>
-void add_kl(Tile<C>& tile, int n, PolicyKl kl, C beta, bool to_slope, C* apart) {
-  for (int begin = 0; begin < n; begin += kStep) {
+// Adds the KL term to losses and slopes; without `before`, the slopes were zero.
+template <PolicyKl kKl, class C>
+void add_kl(Tile<C>& tile, int n, C beta, bool before) {
 #pragma omp simd
-    for (int j = 0; j < kStep; ++j) {
-      const int i = begin + j;
-      const C u = tile.u[i];
-      const TokenKl<C> k = token_kl(kl, u, exp_parts(u, exp_of(u), exp_tail(u)));
-      tile.ref[i] = k.value;
-      tile.loss[i] += beta * k.value;
-      if (to_slope)
-        tile.slope[i] += beta * k.slope;
-      else
-        apart[i] = beta * k.slope;
-    }
+  for (int i = 0; i < n; ++i) {
+    const C u = tile.u[i];
+    const TokenKl<C> k = token_kl<kKl>(u, exp_parts(u, exp_of(u), exp_tail(u)));
+    tile.ref[i] = k.value;
+    tile.loss[i] += beta * k.value;
+    const C slope = tile.slope[i];
+    tile.slope[i] = (before ? slope : C(0)) + beta * k.slope;
   }
 }
 
@@ -187,7 +139,7 @@ void sequence(const PolicyLossTask& t, int64_t s, double* sums) {
   using C = typename Sequence<T>::C;
   const Sequence<T> q(t, s);
   for (int k = 0; k < kPolicySums; ++k) sums[k] = 0;
-  const int64_t count = q.count();
+  const int64_t count = count_tokens(q.mask, q.length);
   if (count == 0) {
     for (int64_t i = 0; i < q.length; ++i) q.dlogp[i] = C(0);
     return;
@@ -195,44 +147,41 @@ void sequence(const PolicyLossTask& t, int64_t s, double* sums) {
   sums[kTokens] = double(count);
   sums[kSequences] = 1;
   Tile<C> tile;
-  Exp<C> shared{};
   if (kShared) {
     double log_ratio = 0;
-    for (int64_t at = 0; at < q.length; at += kTile) {
-      const int n = int(q.length - at < kTile ? q.length - at : kTile), full = (n + kStep - 1) / kStep * kStep;
+    each_tile(q.length, [&](int64_t at, int n, int full) {
       gather_log_ratio(q, at, n, tile);
-      log_ratio += sum(tile.log_ratio, full);
-    }
+      log_ratio += tile_sum(tile.log_ratio, full);
+    });
     if (t.rule.level == PolicyLevel::geometric) log_ratio /= double(count);
     const Exp<double> exact = exp_parts(log_ratio, exp_of(log_ratio), exp_tail(log_ratio));
     const bool fits = !(exact.e > double(Largest<C>::value));
-    shared = {fits ? C(exact.e) : Largest<C>::value, C(exact.less1), C(exact.k3)};
+    for (int i = 0; i < kTile; ++i) tile.ratio[i] = fits ? C(exact.e) : Largest<C>::value;
     sums[kRatioLess1] = (fits ? exact.less1 : double(Largest<C>::value)) * double(count);
   }
   constexpr bool common_slope = kShared && has_ratio_slope<kObjective>;  // each logp moves every token's ratio
   const TokenRule<C> rule(t.rule);
   const double share = t.rule.aggregate == PolicyAggregate::sequence_mean ? 1 / double(count) : 1.;
   double slope = 0;
-  for (int64_t at = 0; at < q.length; at += kTile) {
-    const int n = int(q.length - at < kTile ? q.length - at : kTile), full = (n + kStep - 1) / kStep * kStep;
+  each_tile(q.length, [&](int64_t at, int n, int full) {
     gather_log_ratio(q, at, n, tile);
     gather_rest<kObjective>(q, at, n, tile);
-    evaluate<kObjective, kShared>(tile, full, rule, shared);
-    if (common_slope) slope += sum(tile.slope, full);
+    evaluate<kObjective, kShared>(tile, full, rule);
+    if (common_slope) slope += tile_sum(tile.slope, full);
     if (q.ref_logp) {
-      add_kl(tile, full, t.rule.kl, C(t.rule.beta), !common_slope, tile.slope);
-      sums[kRefKl] += sum(tile.ref, full);
+      with_kl(t.rule.kl, [&](auto kl) { add_kl<decltype(kl)::value>(tile, full, C(t.rule.beta), !common_slope); });
+      sums[kRefKl] += tile_sum(tile.ref, full);
     }
     if (!common_slope || q.ref_logp) store(q.dlogp + at, tile.slope, q.mask ? q.mask + at : nullptr, n, C(share));
-    sums[kLoss] += sum(tile.loss, full);
-    sums[kLogRatio] += sum(tile.log_ratio, full);
-    sums[kK3] += sum(tile.k3, full);
-    if (!kShared) sums[kRatioLess1] += sum(tile.less1, full);
-    const int64_t codes = int64_t(sum(tile.code, full));
+    sums[kLoss] += tile_sum(tile.loss, full);
+    sums[kLogRatio] += tile_sum(tile.log_ratio, full);
+    sums[kK3] += tile_sum(tile.k3, full);
+    if (!kShared) sums[kRatioLess1] += tile_sum(tile.less1, full);
+    const int64_t codes = int64_t(tile_sum(tile.code, full));
     sums[kClipLow] += double(codes & 0xffff);
     sums[kClipHigh] += double(codes >> 16 & 0xffff);
     sums[kClipDual] += double(codes >> 32);
-  }
+  });
   sums[kLoss] *= share;
   if (common_slope) {
     const C each = C(slope * share / (t.rule.level == PolicyLevel::geometric ? double(count) : 1.));

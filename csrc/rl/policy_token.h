@@ -61,11 +61,13 @@ GRADOPS_INLINE TokenLoss<C> token_loss(const TokenRule<C>& t, C r, C a, C w, C l
     const C slope = low | high | dual ? C(0) : -a * r;
     return {-a * used, slope, dual ? C(kCodeDual) : high ? C(kCodeHigh) : low ? C(kCodeLow) : C(0)};
   } else if constexpr (kObjective == PolicyObjective::weight) {
-    const C coefficient = a * (above ? t.high : below ? t.low : r);
-    return {-coefficient * lp, -coefficient, above ? C(kCodeHigh) : below ? C(kCodeLow) : C(0)};
+    const C raised = below ? t.low : r, coefficient = a * (above ? t.high : raised);
+    const bool counts = negative | positive;
+    return {-coefficient * lp, -coefficient,
+            above & counts ? C(kCodeHigh) : below & counts ? C(kCodeLow) : C(0)};
   } else if constexpr (kObjective == PolicyObjective::masked_weight) {
     const bool low = negative & below, high = positive & above;
-    const C rw = r * w, coefficient = low | high ? C(0) : a * (rw > t.cap ? t.cap : rw);
+    const C rw = r * w, capped = a * (rw > t.cap ? t.cap : rw), coefficient = low | high ? C(0) : capped;
     return {-coefficient * lp, -coefficient, high ? C(kCodeHigh) : low ? C(kCodeLow) : C(0)};
   } else if constexpr (kObjective == PolicyObjective::gate) {
     const C tau = positive ? t.tau_pos : t.tau_neg, q = exp_of(tau - tau * r), gate = C(1) / (C(1) + q);
@@ -76,15 +78,38 @@ GRADOPS_INLINE TokenLoss<C> token_loss(const TokenRule<C>& t, C r, C a, C w, C l
 }
 
 // The estimate of KL(policy, reference) and its derivative in logp, from u = ref_logp - logp.
+template <PolicyKl kl>
+struct KlOf {
+  static constexpr PolicyKl value = kl;
+};
 template <class C>
 struct TokenKl {
   C value, slope;
 };
-template <class C>
-GRADOPS_INLINE TokenKl<C> token_kl(PolicyKl kl, C u, const Exp<C>& of_u) {
-  const bool is_k1 = kl == PolicyKl::k1 || kl == PolicyKl::k1_plus, is_k2 = kl == PolicyKl::k2;
-  const C value = is_k1 ? -u : is_k2 ? C(0.5) * u * u : of_u.k3;
-  return {value, kl == PolicyKl::k1 ? C(1) : kl == PolicyKl::k3 ? -of_u.less1 : -u};
+template <PolicyKl kKl, class C>
+GRADOPS_INLINE TokenKl<C> token_kl(C u, Exp<C> of_u) {
+  const C k2 = C(0.5) * u * u;
+  if constexpr (kKl == PolicyKl::k1) return {-u, C(1)};
+  if constexpr (kKl == PolicyKl::k1_plus) return {-u, -u};
+  if constexpr (kKl == PolicyKl::k2) return {k2, -u};
+  return {of_u.k3, kKl == PolicyKl::k3 ? -of_u.less1 : -u};
+}
+template <class F>
+GRADOPS_INLINE void with_kl(PolicyKl kl, const F& f) {  // calls f with a type whose `value` is kl; not for none
+  switch (kl) {
+    case PolicyKl::k1:
+      return f(KlOf<PolicyKl::k1>());
+    case PolicyKl::k1_plus:
+      return f(KlOf<PolicyKl::k1_plus>());
+    case PolicyKl::k2:
+      return f(KlOf<PolicyKl::k2>());
+    case PolicyKl::k3:
+      return f(KlOf<PolicyKl::k3>());
+    case PolicyKl::k3_plus:
+      return f(KlOf<PolicyKl::k3_plus>());
+    case PolicyKl::none:
+      return;
+  }
 }
 
 // From the sums over everything to the totals.

@@ -15,7 +15,10 @@ AGGREGATES = ("token_mean", "sequence_mean", "sequence_sum", "sum")
 
 
 class PolicyStats(NamedTuple):
-    """What a policy loss saw: 0-dimensional float64 tensors without a gradient, means over the unmasked tokens."""
+    """What a policy loss saw: 0-dimensional float64 tensors without a gradient, means over the unmasked tokens.
+
+    A token of zero advantage or weight is never called clipped.
+    """
 
     clip_low: Tensor
     """Fraction of tokens whose ratio was clipped from below."""

@@ -90,7 +90,8 @@ def _objective(rule: Rule, r: Tensor, logp: Tensor, a: Tensor, w: Tensor, cap: f
         code = (none + ((a < 0) & (r < low)) + 2 * ((a > 0) & (r > high)) + 3 * ((a < 0) & (r > dual)))
         return clipped, code
     if rule.objective == "weight":
-        return -r.clamp(low, high).detach() * a * w * logp, none + (r < low) + 2 * (r > high)
+        a = a * w
+        return -r.clamp(low, high).detach() * a * logp, none + ((a != 0) & (r < low)) + 2 * ((a != 0) & (r > high))
     if rule.objective == "masked_weight":
         code = none + ((a < 0) & (r < low)) + 2 * ((a > 0) & (r > high))
         return torch.where(code == 0, -(r * w).clamp(max=cap).detach() * a * logp, 0), code
