@@ -81,7 +81,7 @@ def policy_loss(
         kind: see above.
         level: ``"token"``: :math:`r_t = e^{d_t}`; ``"sequence"``: :math:`e^{\sum d}`; ``"geometric"``:
             :math:`e^{\mathrm{mean}\,d}`, over the unmasked tokens (TRL calls this one ``"sequence"``). The gradient is
-            that of this loss; it equals that of verl's token-wise form of GSPO where a sequence has one advantage.
+            that of this loss; that of verl's GSPO agrees where a sequence has one advantage and one weight.
         clip_low, clip_high: l and h; ``math.inf`` for none.
         dual_clip: c; ``math.inf`` for none. TRL's ``delta``.
         weight_cap: for minirl.
