@@ -17,7 +17,7 @@ struct Tile {
   // The ratio of a whole sequence, once per token: the compiler would split a loop with an invariant in comparisons,
   // and then not vectorize it.
   alignas(64) C ratio[kTile];
-  alignas(64) C loss[kTile], slope[kTile], less1[kTile], k3[kTile], ref[kTile], code[kTile];
+  alignas(64) C loss[kTile], slope[kTile], k3[kTile], ref[kTile], code[kTile];
 };
 
 template <class T>
@@ -102,7 +102,6 @@ void evaluate(Tile<C>& tile, int n, TokenRule<C> rule) {
     tile.slope[i] = l.slope;
     tile.code[i] = l.code;
     tile.k3[i] = own.k3;
-    tile.less1[i] = own.less1;
   }
 }
 
@@ -164,6 +163,10 @@ void sequence(const PolicyLossTask& t, int64_t s, double* sums) {
   const double share = t.rule.aggregate == PolicyAggregate::sequence_mean ? 1 / double(count) : 1.;
   double slope = 0;
   each_tile(q.length, [&](int64_t at, int n, int full) {
+    if (q.mask && count_tokens(q.mask + at, n) == 0) {  // much of a padded batch
+      for (int i = 0; i < n; ++i) q.dlogp[at + i] = C(0);
+      return;
+    }
     gather_log_ratio(q, at, n, tile);
     gather_rest<kObjective>(q, at, n, tile);
     evaluate<kObjective, kShared>(tile, full, rule);
@@ -176,13 +179,13 @@ void sequence(const PolicyLossTask& t, int64_t s, double* sums) {
     sums[kLoss] += tile_sum(tile.loss, full);
     sums[kLogRatio] += tile_sum(tile.log_ratio, full);
     sums[kK3] += tile_sum(tile.k3, full);
-    if (!kShared) sums[kRatioLess1] += tile_sum(tile.less1, full);
     const int64_t codes = int64_t(tile_sum(tile.code, full));
     sums[kClipLow] += double(codes & 0xffff);
     sums[kClipHigh] += double(codes >> 16 & 0xffff);
     sums[kClipDual] += double(codes >> 32);
   });
   sums[kLoss] *= share;
+  if (!kShared) sums[kRatioLess1] = sums[kK3] + sums[kLogRatio];
   if (common_slope) {
     const C each = C(slope * share / (t.rule.level == PolicyLevel::geometric ? double(count) : 1.));
 #pragma omp simd

@@ -3,6 +3,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._checks import check_device, check_floating, check_integers, check_tensor
 from .._op import needs_derivative, primals, refuse_derivative, register
@@ -203,44 +204,46 @@ def _policy_loss(
     args = (as_computing(old_logp), as_computing(advantages), None if cu_seqlens is None else cu_seqlens.long(),
             None if mask is None else mask.bool(), as_computing(ref_logp), as_computing(is_weights), objective, level,
             kl, aggregate, numbers)  # fmt: skip
-    totals = _PolicyLoss.apply(logp, *args)[0] if needs_derivative(logp) else _op(logp, *args)[0]
-    return totals[0].to(computing), totals.detach()
+    if needs_derivative(logp):
+        return _PolicyLoss.apply(logp, *args)[:2]
+    totals, _ = _op(logp, *args)
+    return totals[0].to(computing, copy=True), totals
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """totals, of which only the first, the loss, is differentiable."""
-
     @staticmethod
-    def forward(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        return _op(logp, *args)
+    def forward(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        totals, dlogp = _op(logp, *args)
+        return totals[0].to(dlogp.dtype, copy=True), totals, dlogp
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
-        totals, dlogp = output
-        ctx.mark_non_differentiable(dlogp)
-        ctx.dtype = inputs[0].dtype
-        ctx.save_for_backward(totals, dlogp)
+        _, totals, dlogp = output
+        ctx.mark_non_differentiable(totals, dlogp)
+        ctx.save_for_backward(inputs[0], totals, dlogp)
         ctx.save_for_forward(totals, dlogp)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _):
-        totals, dlogp = ctx.saved_tensors
-        return _Scaled.apply(dlogp, grad[0] * totals[1]).to(ctx.dtype), *(None,) * 11
+    def backward(ctx: Any, grad: Tensor, *_):
+        logp, totals, dlogp = ctx.saved_tensors
+        scale = grad * totals[1].to(grad.dtype)
+        # Where a graph of the gradient is made, it must lead to logp, to be refused there.
+        twice = torch.is_grad_enabled() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
+        out = _Scaled.apply(dlogp, scale, logp) if twice else dlogp * scale
+        return out.to(logp.dtype), *(None,) * 11
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_):
         totals, dlogp = primals(ctx.saved_tensors)
-        out = torch.zeros_like(totals)
-        out[0] = (dlogp * tangent).sum(dtype=torch.float64) * totals[1]
-        return out, None
+        return (dlogp * tangent).sum() * totals[1].to(dlogp.dtype), None, None
 
 
 class _Scaled(torch.autograd.Function):
     """The gradient: what the forward pass saved, times a scalar; refuses to be differentiated again."""
 
     @staticmethod
-    def forward(dlogp: Tensor, scale: Tensor) -> Tensor:
-        return dlogp * scale.to(dlogp.dtype)
+    def forward(dlogp: Tensor, scale: Tensor, logp: Tensor) -> Tensor:
+        return dlogp * scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
