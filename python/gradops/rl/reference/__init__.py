@@ -3,7 +3,8 @@ from .allocation import allocate_rollouts, curriculum_probs, curriculum_update
 from .groups import adora_weights, group_advantages, group_index, group_top_k_mask, segment_stats, trajectory_advantages
 from .linear import linear_logprob, one_token_rollout_loss
 from .logp import selective_log_softmax, top_p_keep
+from .loss import policy_loss, replay_routing, rollout_correction
 from .scans import discounted_returns, gae, lambda_returns, vtrace
 from .segments import segment_trajectories
 
-__all__ = ["adora_weights", "allocate_rollouts", "curriculum_probs", "curriculum_update", "discounted_returns", "gae", "group_advantages", "group_index", "group_top_k_mask", "lambda_returns", "linear_logprob", "one_token_rollout_loss", "segment_stats", "segment_trajectories", "selective_log_softmax", "top_p_keep", "trajectory_advantages", "vtrace"]
+__all__ = ["adora_weights", "allocate_rollouts", "curriculum_probs", "curriculum_update", "discounted_returns", "gae", "group_advantages", "group_index", "group_top_k_mask", "lambda_returns", "linear_logprob", "one_token_rollout_loss", "policy_loss", "replay_routing", "rollout_correction", "segment_stats", "segment_trajectories", "selective_log_softmax", "top_p_keep", "trajectory_advantages", "vtrace"]
