@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kThreads) groups(const __grid_constant__ Permu
   most = block_all(most, -double(INFINITY), scratch, Larger());
   double sum = 0;
   for (int64_t i = first + threadIdx.x; i < last; i += kThreads) sum += exp(t.means[i] - most);
-  sum = block_all(sum, 0., scratch, Add());
-  for (int64_t i = first + threadIdx.x; i < last; i += kThreads) weights[i] = Real(exp(t.means[i] - most) / sum);
+  const double scale = 1 / block_all(sum, 0., scratch, Add());
+  for (int64_t i = first + threadIdx.x; i < last; i += kThreads) weights[i] = Real(exp(t.means[i] - most) * scale);
 }
 
 template <class Real>

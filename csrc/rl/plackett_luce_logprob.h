@@ -25,7 +25,7 @@ struct PlackettLuce {
 
 // Returns the first row whose permutation is none, else -1. `scratch`: plackett_luce_scratch bytes.
 GRADOPS_DECLARE(int64_t, plackett_luce_rows, const PlackettLuce&, int64_t begin, int64_t end, void* scratch)
-inline int64_t plackett_luce_scratch(const PlackettLuce& t) { return 8 * (5 * t.k + 1 + 2 * t.n); }
+inline int64_t plackett_luce_scratch(const PlackettLuce& t) { return 8 * (6 * (t.k + 16) + 2 * (t.n + 16)); }
 
 namespace cpu {
 void plackett_luce(const PlackettLuce&, void* workspace, void* = nullptr);  // throws std::invalid_argument

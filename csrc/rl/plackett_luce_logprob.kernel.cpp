@@ -1,6 +1,7 @@
 #include "rl/plackett_luce_logprob.h"
 
 #include "common/exp_log.h"
+#include "common/simd.h"
 #include "common/widen.h"
 
 namespace gradops::GRADOPS_ISA {
@@ -9,29 +10,36 @@ namespace {
 constexpr float lowest(float) { return -0x1.fffffep127f; }
 constexpr double lowest(double) { return -0x1.fffffffffffffp1023; }
 
+// Arrays are padded to whole vectors with numbers that change nothing: most rows are short, and what is left
+// over of a loop would cost more than the loop.
+int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+
 template <class T>
 struct Row {
   const T* scores;
   const int64_t* permutation;
   int64_t n, k;
   // scratch
-  T *most, *chosen, *grow, *shrink, *sum;  // of each place; most has one more: what is left behind the last place
-  T* left;                                 // scores, -inf for ranked items
-  int32_t* place;                          // of each item, -1 for the unranked
+  double *sum, *weight;              // of each place: r, q / r
+  T *most, *chosen, *grow, *shrink;  // of each place; most has one more: what is left behind the last place
+  T* left;                           // scores, -inf for ranked items
+  int32_t* place;                    // of each item, -1 for the unranked
 
   Row(const PlackettLuce& t, void* scratch) : n(t.n), k(t.k) {
-    most = static_cast<T*>(scratch);
-    chosen = most + k + 1;
-    grow = chosen + k;
-    shrink = grow + k;
-    sum = shrink + k;
-    left = sum + k;
-    place = reinterpret_cast<int32_t*>(left + n);
+    const int64_t places = k + 16;
+    sum = static_cast<double*>(scratch);
+    weight = sum + places;
+    most = reinterpret_cast<T*>(weight + places);
+    chosen = most + places;
+    grow = chosen + places;
+    shrink = grow + places;
+    left = shrink + places;
+    place = reinterpret_cast<int32_t*>(left + n + 16);
   }
 
   // Places the items; the number of places, or -1.
   int64_t find_places() {
-    for (int64_t j = 0; j < n; ++j) place[j] = -1;
+    for (int64_t j = 0; j < padded(n); ++j) place[j] = -1;
     for (int64_t i = 0; i < k; ++i) {
       const int64_t item = permutation[i];
       if (item < 0) return i;
@@ -47,29 +55,31 @@ struct Row {
     T m = lowest(T());
     double r = 0;
     if (ranked < n) {
+      for (int64_t j = n; j < padded(n); ++j) left[j] = -T(__builtin_inf());
+      for (int64_t j = 0; j < n; ++j) left[j] = place[j] < 0 ? scores[j] : -T(__builtin_inf());
 #pragma omp simd reduction(max : m)
-      for (int64_t j = 0; j < n; ++j) {
-        left[j] = place[j] < 0 ? scores[j] : -T(__builtin_inf());
-        m = left[j] > m ? left[j] : m;
-      }
+      for (int64_t j = 0; j < padded(n); ++j) m = left[j] > m ? left[j] : m;
 #pragma omp simd reduction(+ : r)
-      for (int64_t j = 0; j < n; ++j) r += double(exp_of(left[j] - m));
+      for (int64_t j = 0; j < padded(n); ++j) r += double(exp_of(left[j] - m));
     }
-    most[ranked] = m;
+    for (int64_t i = ranked; i < padded(ranked); ++i) chosen[i] = m;
+    for (int64_t i = ranked; i <= padded(ranked); ++i) most[i] = m, sum[i] = 1;
     for (int64_t i = ranked; i-- > 0;) most[i] = m = chosen[i] > m ? chosen[i] : m;
 #pragma omp simd
-    for (int64_t i = 0; i < ranked; ++i) {
+    for (int64_t i = 0; i < padded(ranked); ++i) {
       grow[i] = exp_of(chosen[i] - most[i]);
       shrink[i] = exp_of(most[i + 1] - most[i]);
     }
-    for (int64_t i = ranked; i-- > 0;) sum[i] = T(r = r * double(shrink[i]) + double(grow[i]));
+    for (int64_t i = ranked; i-- > 0;) sum[i] = r = r * double(shrink[i]) + double(grow[i]);
   }
 
-  double logprob(int64_t ranked) const {
+  double logprob(int64_t ranked) {
     double total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < ranked; ++i)  // nothing left but -inf: the term is -inf, not NaN
-      total += double((chosen[i] - most[i]) - log_of(sum[i] == 0 ? T(1) : sum[i]));
+    // Two loops: as one, with a double in it, GCC makes scalar code.
+    for (int64_t i = 0; i < padded(ranked); ++i) grow[i] = T(sum[i] == 0 ? 1. : sum[i]);  // 0: only -inf is left
+#pragma omp simd
+    for (int64_t i = 0; i < padded(ranked); ++i) grow[i] = (chosen[i] - most[i]) - log_of(grow[i]);
+    for (int64_t i = 0; i < ranked; ++i) total += double(grow[i]);
     return total;
   }
 
@@ -78,21 +88,21 @@ struct Row {
       for (int64_t j = 0; j < n; ++j) out[j] = 0;
       return;
     }
-    T* weight = chosen;  // q / r
-    double q = 1;
-    weight[0] = T(1) / sum[0];
 #pragma omp simd
-    for (int64_t i = 1; i < ranked; ++i) weight[i] = shrink[i - 1] * sum[i] / sum[i - 1];
+    for (int64_t i = 1; i < padded(ranked); ++i) weight[i] = double(shrink[i - 1]) * sum[i] / sum[i - 1];
+    double q = 1;
+    weight[0] = 1 / sum[0];
     for (int64_t i = 1; i < ranked; ++i) {
-      q = q * double(weight[i]) + 1;
-      weight[i] = T(q / double(sum[i]));
+      q = q * weight[i] + 1;
+      weight[i] = q / sum[i];
     }
-    const T m = most[ranked - 1], w = weight[ranked - 1];
+    const T m = most[ranked - 1], w = T(weight[ranked - 1]);
     if (ranked < n) {
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) out[j] = -exp_of(left[j] - m) * w;
+      for (int64_t j = 0; j < padded(n); ++j) left[j] = -exp_of(left[j] - m) * w;
+      for (int64_t j = 0; j < n; ++j) out[j] = left[j];
     }
-    for (int64_t i = 0; i < ranked; ++i) out[permutation[i]] = T(1) - grow[i] * weight[i];
+    for (int64_t i = 0; i < ranked; ++i) out[permutation[i]] = T(1) - grow[i] * T(weight[i]);
   }
 };
 
@@ -117,7 +127,11 @@ int64_t rows(const PlackettLuce& t, int64_t begin, int64_t end, void* scratch) {
 }  // namespace
 
 int64_t plackett_luce_rows(const PlackettLuce& t, int64_t begin, int64_t end, void* scratch) {
-  return t.element == Element::f64 ? rows<double>(t, begin, end, scratch) : rows<float>(t, begin, end, scratch);
+  int64_t bad = -1;
+  flushing_denormals([&] {
+    bad = t.element == Element::f64 ? rows<double>(t, begin, end, scratch) : rows<float>(t, begin, end, scratch);
+  });
+  return bad;
 }
 
 }  // namespace gradops::GRADOPS_ISA

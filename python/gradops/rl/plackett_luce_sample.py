@@ -23,6 +23,7 @@ def plackett_luce_sample(scores: Tensor, k: int | None = None, *, generator: tor
         TypeError: ``scores`` is no dense real floating-point tensor.
         ValueError: ``scores`` has no dimension, or ``k`` is not between 0 and ``n``.
 
+    The distribution of ``torch.multinomial(scores.softmax(-1), k)``, of which no probability underflows here.
     Kool, van Hoof and Welling, arXiv 1903.06059. O(n) random numbers and one ``topk`` (or sort) per row.
 
     Example:
@@ -40,6 +41,8 @@ def plackett_luce_sample(scores: Tensor, k: int | None = None, *, generator: tor
     if not 0 <= k <= n:
         raise ValueError(f"k must be between 0 and the number of items, {n}, got {k}")
     noise = torch.empty_like(scores, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
-    keys = scores.detach() - noise.exponential_(generator=generator).log_()
+    # by way of uniform numbers, which torch draws much faster; a zero would take its item out
+    exponential = noise.uniform_(generator=generator).clamp_(min=torch.finfo(noise.dtype).eps / 4).log_().neg_()
+    keys = scores.detach() - exponential.log_()
     best, items = keys.topk(k, dim=-1)
     return torch.where(best == -torch.inf, -1, items)
