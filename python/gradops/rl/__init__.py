@@ -27,4 +27,12 @@ from .selective_log_softmax import selective_log_softmax
 from .top_p_keep import top_p_keep
 from .vtrace import vtrace
 
-__all__ = ["PolicyStats", "SegmentStats", "Segments", "adora_weights", "all_reduce_stats", "allocate_rollouts", "capo_curvature", "capo_curvature_sgd", "capo_mask", "capo_update_moments_", "curriculum_probs", "curriculum_update", "discounted_returns", "gae", "group_advantages", "group_index", "group_top_k_mask", "lambda_returns", "linear_logprob", "merge_stats", "one_token_rollout_loss", "permutation_weights", "plackett_luce_logprob", "plackett_luce_sample", "policy_loss", "reference", "replay_routing", "rollout_correction", "segment_stats", "segment_trajectories", "selective_log_softmax", "top_p_keep", "trajectory_advantages", "vtrace"]
+__all__ = [
+    "PolicyStats", "SegmentStats", "Segments", "adora_weights", "all_reduce_stats", "allocate_rollouts",
+    "capo_curvature", "capo_curvature_sgd", "capo_mask", "capo_update_moments_", "curriculum_probs",
+    "curriculum_update", "discounted_returns", "gae", "group_advantages", "group_index", "group_top_k_mask",
+    "lambda_returns", "linear_logprob", "merge_stats", "one_token_rollout_loss", "permutation_weights",
+    "plackett_luce_logprob", "plackett_luce_sample", "policy_loss", "reference", "replay_routing",
+    "rollout_correction", "segment_stats", "segment_trajectories", "selective_log_softmax", "top_p_keep",
+    "trajectory_advantages", "vtrace",
+]  # fmt: skip
