@@ -182,8 +182,8 @@ __device__ void start_of(const Args<T>& t, const Chunk& c, const Found* found, d
 
 // A team of kWarps warps walks one chunk. kMeasure: only its map, and only of rows with several chunks.
 template <class T, int kWarps, bool kMeasure>
-__global__ void __launch_bounds__(128) walk(const __grid_constant__ Args<T> t, ScanMap* __restrict__ maps,
-                                            const Found* __restrict__ found, int64_t slots) {
+__global__ void __launch_bounds__(128, 4) walk(const __grid_constant__ Args<T> t, ScanMap* __restrict__ maps,
+                                               const Found* __restrict__ found, int64_t slots) {
   __shared__ ScanMap tile_map[2][kWarps];
   __shared__ Found tile_value[2][kWarps];
   const int lane = threadIdx.x % 32, warp = kWarps == 1 ? 0 : threadIdx.x / 32;

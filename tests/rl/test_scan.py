@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.signal import lfilter
 
 from gradops import rl
 from gradops.rl import reference
@@ -109,7 +110,7 @@ def test_packed(backend, kind, seed, cu_seqlens):
         close(raw(ops, kind, args), call(kind, args, reference), torch.float64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(shape=st.lists(st.integers(0, 20), min_size=1, max_size=3), kind=st.sampled_from(KINDS),
        dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), flags=st.booleans())
 def test_any_shape(shape, kind, dtype, seed, flags):
@@ -172,19 +173,16 @@ def test_long_rows_do_not_depend_on_threads(kind, cu_seqlens):
             assert all(torch.equal(x[0], y[0]) for x, y in zip(one, call(kind, both), strict=True))
 
 
-def numpy_gae(rewards, values, gamma, lam):
+def filtered_gae(rewards, values, gamma, lam):
     r, v = rewards.double().numpy(), values.double().numpy()
-    out, carry, following = np.empty_like(r), np.zeros(len(r)), np.zeros(len(r))
-    for t in reversed(range(r.shape[1])):
-        carry = r[:, t] + gamma * following - v[:, t] + gamma * lam * carry
-        out[:, t], following = carry, v[:, t]
-    return torch.from_numpy(out)
+    delta = r + gamma * np.append(v[:, 1:], np.zeros((len(v), 1)), 1) - v
+    return torch.from_numpy(lfilter([1], [1, -gamma * lam], delta[:, ::-1])[:, ::-1].copy())
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.999, 0.95), (1.0, 0.95)])
 def test_error_does_not_grow_with_length(gamma, lam):
     rewards, values = torch.rand(2, 2, 131072, generator=generator())
-    want = numpy_gae(rewards, values, gamma, lam)
+    want = filtered_gae(rewards, values, gamma, lam)
     for mask in (None, torch.ones_like(rewards, dtype=torch.bool)):
         advantages, returns = rl.gae(rewards, values, gamma=gamma, lam=lam, mask=mask)
         # one rounding to float32, far below the 1e-5 that a user may rely on
