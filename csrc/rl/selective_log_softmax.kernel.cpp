@@ -1,15 +1,9 @@
 #include "rl/selective_log_softmax.h"
 
-#include "common/exp_log.h"
 #include "rl/softmax_block.h"
 
 namespace gradops::GRADOPS_ISA {
 namespace {
-
-constexpr int64_t kBlock = 2048;
-
-template <class T>
-using Arithmetic = decltype(widen(T()));
 
 SoftmaxPart merged(const SoftmaxPart& a, const SoftmaxPart& b) {
   if (a.max == -kInfinity) return {b.max, a.sum + b.sum, b.dot, b.squares, b.cubes};  // a.sum: 0 or NaN
@@ -158,57 +152,7 @@ double z_of(const LogSoftmaxTask& t, T x) {  // as the sums saw it
   return double(y) / t.temperature;
 }
 
-// p (slope + bend log p) dz/dx, with log p = z - lse; no digits are lost where logits are large
-template <bool kCapped>
-class GradFloats {
- public:
-  GradFloats(const LogSoftmaxGradTask& t, double lse, double slope, double bend)
-      : cap_(t.softcap),
-        base_(all(float(lse * t.temperature))),
-        rate_(all(float(1 / (kLn2 * t.temperature)))),
-        rest_(all(float((lse - double(base_[0]) / t.temperature) / kLn2))),
-        slope_(all(float(slope / t.temperature))),
-        bend_(all(float(bend * kLn2 / t.temperature))),
-        inverse_(float(1 / t.temperature)) {}
-
-  [[gnu::always_inline]] Floats operator()(Floats x) const {
-    Floats dy;
-    if constexpr (kCapped) x = cap_(x, dy);
-    const Floats y = larger(all(kLowest), (x - base_) * rate_ - rest_);
-    const Floats g = (exp2_of(y) - kNothing) * (y * bend_ + slope_);
-    return kCapped ? g * dy : g;
-  }
-  float operator()(float x) const { return (*this)(all(x))[0]; }
-  float dz(float x) const {
-    Floats dy = all(1);
-    if constexpr (kCapped) cap_(all(x), dy);
-    return inverse_ * dy[0];
-  }
-  template <class T>
-  void run(const T* x, T* y, int64_t n) const {
-    int64_t i = 0;
-    for (; i + kPair <= n; i += kPair) {
-      const Two v = load(x + i);
-      store({(*this)(v.a), (*this)(v.b)}, y + i);
-    }
-    for (; i < n; ++i) narrow((*this)(widen(x[i])), y[i]);
-  }
-
- private:
-  const Cap cap_;
-  const Floats base_, rate_, rest_, slope_, bend_;
-  const float inverse_;
-};
-
 // --- float64 logits ----------------------------------------------------------------------------------------------
-
-double capped(double x, double softcap, double& slope) {
-  slope = 1;
-  if (softcap == 0 || x == -kInfinity) return x;
-  const double e = exp_of(__builtin_fabs(x) * (-2 / softcap)), q = (1 - e) / (1 + e);
-  slope = 1 - q * q;
-  return x < 0 ? -softcap * q : softcap * q;
-}
 
 template <int kMode, bool kCapped>
 class RowPart<kMode, kCapped, double> {
@@ -248,44 +192,7 @@ double z_of(const LogSoftmaxTask& t, double x) {
   return capped(x, t.softcap, slope) / t.temperature;
 }
 
-class GradDoubles {
- public:
-  GradDoubles(const LogSoftmaxGradTask& t, double lse, double slope, double bend)
-      : t_(t), lse_(lse), slope_(slope), bend_(bend) {}
-  double operator()(double x) const {
-    double dy;
-    const double log_p = capped(x, t_.softcap, dy) / t_.temperature - lse_, p = exp_of(log_p);
-    return p * (slope_ + bend_ * (log_p < -800 ? -800 : log_p)) * dy / t_.temperature;
-  }
-  double dz(double x) const {
-    double dy;
-    capped(x, t_.softcap, dy);
-    return dy / t_.temperature;
-  }
-  void run(const double* x, double* y, int64_t n) const {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) y[i] = (*this)(x[i]);
-  }
-
- private:
-  const LogSoftmaxGradTask& t_;
-  const double lse_, slope_, bend_;
-};
-
 // --- any logits --------------------------------------------------------------------------------------------------
-
-// Whether id is one of ids[begin, end), which ascend; begin becomes its place.
-bool find(const int64_t* ids, int64_t& begin, int64_t end, int64_t id) {
-  const int64_t last = end;
-  while (begin < end) {
-    const int64_t middle = begin + (end - begin) / 2;
-    if (ids[middle] < id)
-      begin = middle + 1;
-    else
-      end = middle;
-  }
-  return begin < last && ids[begin] == id;
-}
 
 template <int kMode, bool kCapped, class T>
 void parts_of(const LogSoftmaxTask& t, int64_t begin, int64_t end, SoftmaxPart* parts) {
@@ -308,80 +215,6 @@ void parts_of(const LogSoftmaxTask& t, int64_t begin, int64_t end, SoftmaxPart* 
       parts[i] = merged(parts[i], kept_part.of(kept, n));
     }
   }
-}
-
-// The gradient at x[0, n), written to y, which may be x. place(id): where in x the entry id is; negative: not there.
-template <class T, class Grad, class Place>
-void grad_block(const Grad& grad, const T* x, T* y, int64_t n, const double* g, const int64_t* index, int64_t targets,
-                const Place& place) {
-  T old[kBlock];
-  double sum[kBlock];  // of g, for each of the targets here; one may be chosen more than once
-  bool any = false;
-  for (int64_t k = 0; k < targets; ++k)
-    if (const int64_t i = place(index[k]); i >= 0) any = true, old[i] = x[i], sum[i] = 0;
-  grad.run(x, y, n);
-  if (!any) return;
-  for (int64_t k = 0; k < targets; ++k)
-    if (const int64_t i = place(index[k]); i >= 0) sum[i] += g[k];
-  using A = Arithmetic<T>;
-  for (int64_t k = 0; k < targets; ++k)
-    if (const int64_t i = place(index[k]); i >= 0)
-      narrow(grad(widen(old[i])) + A(sum[i]) * grad.dz(widen(old[i])), y[i]);
-}
-
-template <class Grad, class T>
-void grads_of(const LogSoftmaxGradTask& t, int64_t begin, int64_t end) {
-  using A = Arithmetic<T>;
-  const int64_t chunks = softmax_chunks(t);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = i / chunks, first = t.keep_ids ? 0 : i % chunks * kSoftmaxChunk;
-    const int64_t last = t.keep_ids || first + kSoftmaxChunk > t.cols ? t.cols : first + kSoftmaxChunk;
-    const T* x = static_cast<const T*>(t.logits) + row * t.cols;
-    T* y = static_cast<T*>(t.grad) + row * t.cols;
-    const int64_t targets = t.grad_logp ? t.targets : 0, *index = t.index + row * t.targets;
-    const double* g = t.grad_logp + row * targets;
-    const double bend = t.grad_entropy ? -t.grad_entropy[row] : 0;
-    double slope = (t.grad_lse ? t.grad_lse[row] : 0) + (t.grad_entropy ? bend * t.entropy[row] : 0);
-    bool zero = bend == 0 && slope == 0;
-    for (int64_t k = 0; k < targets; ++k) slope -= g[k], zero &= g[k] == 0;
-    if (zero) {
-      for (int64_t j = first; j < last; ++j) y[j] = T();
-      continue;
-    }
-    const Grad grad(t, t.lse[row], slope, bend);
-    if (!t.keep_ids) {
-      for (int64_t b = first; b < last; b += kBlock) {
-        const int64_t n = last - b < kBlock ? last - b : kBlock;
-        grad_block(grad, x + b, y + b, n, g, index, targets,
-                   [=](int64_t id) { return id >= b && id < b + n ? id - b : -1; });
-      }
-      continue;
-    }
-    int64_t written = 0;
-    A kept[kBlock];
-    for (int64_t b = t.keep_offsets[row]; b < t.keep_offsets[row + 1]; b += kBlock) {
-      const int64_t n = t.keep_offsets[row + 1] - b < kBlock ? t.keep_offsets[row + 1] - b : kBlock;
-      const int64_t* ids = t.keep_ids + b;
-      for (int64_t j = 0; j < n; ++j) kept[j] = widen(x[ids[j]]);
-      grad_block(grad, kept, kept, n, g, index, targets, [=](int64_t id) {
-        int64_t place = 0;
-        return find(ids, place, n, id) ? place : -1;
-      });
-      for (; written <= ids[n - 1]; ++written) y[written] = T();
-      for (int64_t j = 0; j < n; ++j) narrow(kept[j], y[ids[j]]);
-    }
-    for (; written < t.cols; ++written) y[written] = T();
-  }
-}
-
-// Calls f with whether there is a softcap, and the type of the logits.
-template <bool kValue>
-struct Flag {
-  static constexpr bool value = kValue;
-};
-template <class F>
-void with_capped(double softcap, Element element, const F& f) {
-  with_type(element, [&](auto zero) { softcap > 0 ? f(Flag<true>(), zero) : f(Flag<false>(), zero); });
 }
 
 }  // namespace
@@ -420,16 +253,6 @@ void log_softmax_finish(const LogSoftmaxTask& t, int64_t begin, int64_t end, con
         t.logp[k] = logp > 0 ? 0 : logp;
       }
     }
-  });
-}
-
-void log_softmax_grad(const LogSoftmaxGradTask& t, int64_t begin, int64_t end) {
-  with_capped(t.softcap, t.element, [&](auto is_capped, auto zero) {
-    using T = decltype(zero);
-    if constexpr (sizeof(T) == 8)
-      grads_of<GradDoubles, T>(t, begin, end);
-    else
-      flushing_denormals([&] { grads_of<GradFloats<decltype(is_capped)::value>, T>(t, begin, end); });
   });
 }
 

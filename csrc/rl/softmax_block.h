@@ -1,6 +1,7 @@
-// softmax_block.h: vectors for the inner loops of selective_log_softmax, for logits of 4 bytes and less.
-// For *.kernel.cpp only: everything is local to the file that includes it.
+// softmax_block.h: what the kernels of selective_log_softmax and of its gradient share: vectors for logits of 4 bytes
+// and less, softcaps, keep sets. For *.kernel.cpp only: everything is local to the file that includes it.
 #pragma once
+#include "common/exp_log.h"
 #include "common/simd.h"
 #include "common/widen.h"
 
@@ -127,6 +128,43 @@ struct Cap {
     return x == all(-float(kInfinity)) ? x : floats_of(words_of(q * cap) | sign);
   }
 };
+
+// The same for float64 logits, in double; softcap 0: none
+inline double capped(double x, double softcap, double& slope) {
+  slope = 1;
+  if (softcap == 0 || x == -kInfinity) return x;
+  const double e = exp_of(__builtin_fabs(x) * (-2 / softcap)), q = (1 - e) / (1 + e);
+  slope = 1 - q * q;
+  return x < 0 ? -softcap * q : softcap * q;
+}
+
+constexpr int64_t kBlock = 2048;  // entries that a gradient, or a gathered keep set, is worked on at a time
+
+template <class T>
+using Arithmetic = decltype(widen(T()));
+
+// Whether id is one of ids[begin, end), which ascend; begin becomes its place.
+inline bool find(const int64_t* ids, int64_t& begin, int64_t end, int64_t id) {
+  const int64_t last = end;
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (ids[middle] < id)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin < last && ids[begin] == id;
+}
+
+// Calls f with whether there is a softcap, and the type of the logits.
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+template <class F>
+void with_capped(double softcap, Element element, const F& f) {
+  with_type(element, [&](auto zero) { softcap > 0 ? f(Flag<true>(), zero) : f(Flag<false>(), zero); });
+}
 
 }  // namespace
 }  // namespace gradops::GRADOPS_ISA

@@ -71,7 +71,8 @@ def test_matches_float64_with_gradient(backend, shape, k, dtype, keep, temperatu
 
 @settings(max_examples=30, deadline=None)
 @given(shape=st.lists(st.integers(0, 5), max_size=2), vocabulary=st.integers(1, 70), k=st.integers(0, 4),
-       dtype=st.sampled_from(DTYPES), out_dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 99))
+       dtype=st.sampled_from(DTYPES),
+       out_dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 99))
 def test_any_shape(shape, vocabulary, k, dtype, out_dtype, seed):
     x = logits_of((*shape, vocabulary), dtype, seed=seed)
     index = index_of(shape if k == 0 else (*shape, k), vocabulary).to(torch.int32 if seed % 2 else torch.int64)

@@ -80,7 +80,7 @@ def selective_log_softmax(logits: Tensor, index: Tensor, *, temperature: float =
         >>> from gradops.rl import selective_log_softmax
         >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, -torch.inf, 9.0, 0.0]])
         >>> selective_log_softmax(logits, torch.tensor([3, 0]), return_=("logp", "entropy"))
-        (tensor([-1.3863, -0.6932]), tensor([1.3863, 0.6937]))
+        (tensor([-1.3863, -0.6932]), tensor([1.3863, 0.6938]))
     """
     _check(logits, index, temperature, softcap, keep_ids, keep_offsets, return_, out_dtype)
     single = index.dim() == logits.dim() - 1
