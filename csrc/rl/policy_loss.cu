@@ -89,10 +89,9 @@ __global__ void __launch_bounds__(kThreads)
     const C lp = logp(i), d = log_ratio(i), advantage = at(t.advantages, t.token_advantages ? i : s);
     const C weight = t.weights ? at(t.weights, t.token_weights ? i : s) : C(1);
     const Exp<C> own = exp_of_ratio(d);
-    TokenLoss<C> l =
-        token_loss<kObjective>(rule, shared ? common : own.e,
-                               kObjective == PolicyObjective::masked_weight ? advantage : advantage * weight, weight, lp,
-                               [](C x) { return exp_of(x); });
+    TokenLoss<C> l = token_loss<kObjective>(
+        rule, shared ? common : own.e, kObjective == PolicyObjective::masked_weight ? advantage : advantage * weight,
+        weight, lp, [](C x) { return exp_of(x); });
     if (common_slope) slope += double(l.slope), l.slope = C(0);
     if (t.ref_logp) {
       const C u = at(t.ref_logp, i) - lp;
