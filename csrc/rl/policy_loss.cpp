@@ -19,9 +19,8 @@ void cpu::policy_loss(const PolicyLossTask& t, void* workspace, void*) {
   }
   double* sums = static_cast<double*>(workspace);
   const int64_t grain = t.tokens > 0 ? 1 + 4096 * t.sequences / t.tokens : 4096;  // about 4096 tokens
-  parallel_for(0, t.sequences, grain, [&, kernel = GRADOPS_DISPATCH(policy_loss_sequences)](int64_t b, int64_t e) {
-    kernel(t, b, e, sums);
-  });
+  parallel_for(0, t.sequences, grain,
+               [&, kernel = GRADOPS_DISPATCH(policy_loss_sequences)](int64_t b, int64_t e) { kernel(t, b, e, sums); });
   double all[kPolicySums] = {};
   for (int64_t s = 0; s < t.sequences; ++s)
     for (int k = 0; k < kPolicySums; ++k) all[k] += sums[s * kPolicySums + k];

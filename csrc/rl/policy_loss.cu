@@ -15,6 +15,22 @@ struct Add {
   __device__ double operator()(double a, double b) const { return a + b; }
 };
 
+// Adds up each of a thread's kPolicySums numbers over the block, one warp per number: fn(k, sum) is called once for
+// each, by a single thread. parts: kPolicySums * kThreads.
+template <class F>
+__device__ inline void block_sums(const double* mine, double* parts, F fn) {
+#pragma unroll
+  for (int k = 0; k < kPolicySums; ++k) parts[k * kThreads + threadIdx.x] = mine[k];
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  for (int k = threadIdx.x / 32; k < kPolicySums; k += kThreads / 32) {
+    double sum = 0;
+    for (int i = lane; i < kThreads; i += 32) sum += parts[k * kThreads + i];
+    sum = warp_all(sum, Add());
+    if (lane == 0) fn(k, sum);
+  }
+}
+
 // (exp(x) - 1 - x) / x^2 for |x| < 0.35: the Taylor series, long enough for the type
 __device__ inline float exp_tail(float x) {
   return 0.5f + x * (1.f / 6 + x * (1.f / 24 + x * (1.f / 120 + x * (1.f / 720 + x * (1.f / 5040)))));
@@ -47,7 +63,7 @@ template <PolicyObjective kObjective, class T>
 __global__ void __launch_bounds__(kThreads)
     policy_loss_blocks(const __grid_constant__ PolicyLossTask t, double* __restrict__ sums) {
   using C = typename Computing<T>::type;
-  __shared__ double scratch[32];
+  __shared__ double scratch[32], parts[kPolicySums * kThreads];
   const auto all = [&](double v) { return block_all(v, 0., scratch, Add()); };
   const int64_t s = blockIdx.x;
   int64_t begin = t.offsets ? t.offsets[s] : s * t.length, end = t.offsets ? t.offsets[s + 1] : begin + t.length;
@@ -89,10 +105,9 @@ __global__ void __launch_bounds__(kThreads)
     const C lp = logp(i), d = log_ratio(i), advantage = at(t.advantages, t.token_advantages ? i : s);
     const C weight = t.weights ? at(t.weights, t.token_weights ? i : s) : C(1);
     const Exp<C> own = exp_of_ratio(d);
-    TokenLoss<C> l =
-        token_loss<kObjective>(rule, shared ? common : own.e,
-                               kObjective == PolicyObjective::masked_weight ? advantage : advantage * weight, weight, lp,
-                               [](C x) { return exp_of(x); });
+    TokenLoss<C> l = token_loss<kObjective>(
+        rule, shared ? common : own.e, kObjective == PolicyObjective::masked_weight ? advantage : advantage * weight,
+        weight, lp, [](C x) { return exp_of(x); });
     if (common_slope) slope += double(l.slope), l.slope = C(0);
     if (t.ref_logp) {
       const C u = at(t.ref_logp, i) - lp;
@@ -118,26 +133,25 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t i = first; i < end; i += kThreads)
       if (kept(i)) dlogp[i] += each;
   }
-#pragma unroll
-  for (int k = 0; k < kSequences; ++k) sum[k] = all(sum[k]);
-  if (threadIdx.x != 0) return;
-  sum[kLoss] *= mean ? 1 / (count > 0 ? count : 1) : 1.;
-  sum[kSequences] = sum[kTokens] > 0;
-#pragma unroll
-  for (int k = 0; k < kPolicySums; ++k) sums[s * kPolicySums + k] = sum[k];
+  const double loss_share = mean ? 1 / (count > 0 ? count : 1) : 1.;
+  block_sums(sum, parts, [=](int k, double v) {
+    if (k == kSequences) return;
+    sums[s * kPolicySums + k] = k == kLoss ? v * loss_share : v;
+    if (k == kTokens) sums[s * kPolicySums + kSequences] = v > 0;
+  });
 }
 
 __global__ void __launch_bounds__(kThreads)
     policy_loss_total(const __grid_constant__ PolicyLossTask t, const double* __restrict__ sums) {
-  __shared__ double scratch[32];
+  __shared__ double parts[kPolicySums * kThreads], result[kPolicySums];
   double sum[kPolicySums] = {};
   for (int64_t s = threadIdx.x; s < t.sequences; s += kThreads) {
 #pragma unroll
     for (int k = 0; k < kPolicySums; ++k) sum[k] += sums[s * kPolicySums + k];
   }
-#pragma unroll
-  for (int k = 0; k < kPolicySums; ++k) sum[k] = block_all(sum[k], 0., scratch, Add());
-  if (threadIdx.x == 0) finish_policy_loss(t.rule, double(t.tokens), sum, t.totals);
+  block_sums(sum, parts, [&](int k, double v) { result[k] = v; });
+  __syncthreads();
+  if (threadIdx.x == 0) finish_policy_loss(t.rule, double(t.tokens), result, t.totals);
 }
 
 template <PolicyObjective kObjective>

@@ -96,8 +96,8 @@ void evaluate(Tile<C>& tile, int n, TokenRule<C> rule) {
   for (int i = 0; i < n; ++i) {
     const C d = tile.log_ratio[i];
     const Exp<C> own = exp_parts(d, exp_of(d), exp_tail(d));
-    const TokenLoss<C> l = token_loss<kObjective>(rule, kShared ? tile.ratio[i] : own.e, tile.advantage[i], tile.weight[i],
-                                                  tile.logp[i], [](C x) { return exp_of(x); });
+    const TokenLoss<C> l = token_loss<kObjective>(rule, kShared ? tile.ratio[i] : own.e, tile.advantage[i],
+                                                  tile.weight[i], tile.logp[i], [](C x) { return exp_of(x); });
     tile.loss[i] = l.loss;
     tile.slope[i] = l.slope;
     tile.code[i] = l.code;

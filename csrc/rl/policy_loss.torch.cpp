@@ -9,9 +9,7 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-MaybeTensor contiguous(const MaybeTensor& x) {
-  return x ? MaybeTensor(torch::stable::contiguous(*x)) : std::nullopt;
-}
+MaybeTensor contiguous(const MaybeTensor& x) { return x ? MaybeTensor(torch::stable::contiguous(*x)) : std::nullopt; }
 template <class T>
 const T* pointer(const MaybeTensor& x) {
   return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;

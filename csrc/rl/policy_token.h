@@ -52,7 +52,7 @@ constexpr bool has_ratio_slope = o == PolicyObjective::clip || o == PolicyObject
 // r: the ratio. a: the advantage, times the weight except for masked_weight. exp_of: for the gate.
 template <PolicyObjective kObjective, class C, class F>
 GRADOPS_INLINE TokenLoss<C> token_loss(const TokenRule<C>& t, C r, C a, C w, C logp, const F& exp_of) {
-  const bool negative = a < C(0), positive = a > C(0), below = r < t.low, above = r > t.high;
+  const bool negative = a<C(0), positive = a> C(0), below = r<t.low, above = r> t.high;
   const C lp = logp < -Largest<C>::value ? -Largest<C>::value : logp;
   if constexpr (kObjective == PolicyObjective::clip) {
     const bool over = r > t.dual;
@@ -63,8 +63,7 @@ GRADOPS_INLINE TokenLoss<C> token_loss(const TokenRule<C>& t, C r, C a, C w, C l
   } else if constexpr (kObjective == PolicyObjective::weight) {
     const C raised = below ? t.low : r, coefficient = a * (above ? t.high : raised);
     const bool counts = negative | positive;
-    return {-coefficient * lp, -coefficient,
-            above & counts ? C(kCodeHigh) : below & counts ? C(kCodeLow) : C(0)};
+    return {-coefficient * lp, -coefficient, above & counts ? C(kCodeHigh) : below & counts ? C(kCodeLow) : C(0)};
   } else if constexpr (kObjective == PolicyObjective::masked_weight) {
     const bool low = negative & below, high = positive & above;
     const C rw = r * w, capped = a * (rw > t.cap ? t.cap : rw), coefficient = low | high ? C(0) : capped;

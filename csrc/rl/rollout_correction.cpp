@@ -13,9 +13,8 @@ void cpu::rollout_correction(const RolloutTask& t, void*) {
     if (!good) throw std::runtime_error("rollout_correction: cu_seqlens must rise from 0 to the number of tokens");
   }
   const int64_t grain = t.tokens > 0 ? 1 + 4096 * t.sequences / t.tokens : 4096;  // about 4096 tokens
-  parallel_for(
-      0, t.sequences, grain,
-      [&, kernel = GRADOPS_DISPATCH(rollout_correction_sequences)](int64_t b, int64_t e) { kernel(t, b, e); });
+  parallel_for(0, t.sequences, grain,
+               [&, kernel = GRADOPS_DISPATCH(rollout_correction_sequences)](int64_t b, int64_t e) { kernel(t, b, e); });
 }
 
 }  // namespace gradops

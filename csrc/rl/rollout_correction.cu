@@ -26,15 +26,17 @@ __global__ void __launch_bounds__(kThreads) rollout_blocks(const __grid_constant
     return static_cast<const C*>(t.old_logp)[i] - static_cast<const C*>(t.rollout_logp)[i];
   };
   const C veto = C(t.log_veto), low = C(t.low), high = C(t.high);
+  const bool may_veto = t.log_veto > -1e308;
   double sum = 0, count = 0, below = 0;
-  for (int64_t i = first; i < end; i += kThreads)
-    if (kept(i)) {
-      const C d = log_ratio(i);
-      sum += double(d);
-      below += d < veto;
-      count += 1;
-    }
-  below = all(below);
+  if (may_veto || t.level > 0)
+    for (int64_t i = first; i < end; i += kThreads)
+      if (kept(i)) {
+        const C d = log_ratio(i);
+        sum += double(d);
+        below += d < veto;
+        count += 1;
+      }
+  if (may_veto) below = all(below);
   C common = C(0);
   if (t.level > 0) {
     sum = all(sum);

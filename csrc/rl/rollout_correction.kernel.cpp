@@ -29,7 +29,8 @@ void write(const C* ratio, const uint8_t* mask, int n, C low, C high, bool rejec
 template <class C>
 void sequence(const RolloutTask& t, int64_t s) {
   const int64_t begin = t.offsets ? t.offsets[s] : s * t.length, end = t.offsets ? t.offsets[s + 1] : begin + t.length;
-  const C *old_logp = static_cast<const C*>(t.old_logp) + begin, *rollout = static_cast<const C*>(t.rollout_logp) + begin;
+  const C *old_logp = static_cast<const C*>(t.old_logp) + begin,
+          *rollout = static_cast<const C*>(t.rollout_logp) + begin;
   const uint8_t* mask = t.mask ? t.mask + begin : nullptr;
   C* weights = static_cast<C*>(t.weights) + begin;
   uint8_t* keep = t.keep + begin;

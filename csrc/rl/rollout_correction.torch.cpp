@@ -20,8 +20,7 @@ std::tuple<Tensor, Tensor> rollout_correction(const Tensor& old_in, const Tensor
   const auto check = [&](const Tensor& x, const char* name, ScalarType wanted) {
     bool same = x.dim() == old_in.dim();
     for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == old_in.size(i);
-    STD_TORCH_CHECK(same && x.scalar_type() == wanted, "rollout_correction: ", name,
-                    " has the wrong shape or dtype");
+    STD_TORCH_CHECK(same && x.scalar_type() == wanted, "rollout_correction: ", name, " has the wrong shape or dtype");
     same_device(old_in, x, "rollout_correction: all tensors");
   };
   check(rollout_in, "rollout_logp", type);
@@ -36,7 +35,8 @@ std::tuple<Tensor, Tensor> rollout_correction(const Tensor& old_in, const Tensor
 
   const Scope scope(old_in);
   const Tensor old_logp = torch::stable::contiguous(old_in), rollout = torch::stable::contiguous(rollout_in);
-  const std::optional<Tensor> offsets = offsets_in ? std::optional(torch::stable::contiguous(*offsets_in)) : std::nullopt,
+  const std::optional<Tensor> offsets =
+                                  offsets_in ? std::optional(torch::stable::contiguous(*offsets_in)) : std::nullopt,
                               mask = mask_in ? std::optional(torch::stable::contiguous(*mask_in)) : std::nullopt;
   Tensor weights = new_like(old_logp);
   const std::vector<int64_t> shape =

@@ -41,9 +41,9 @@ def trl_loss(loss_type, logp, old, ref, mask, adv, *, level="token", beta=0.0, l
         max_completion_length=mask.shape[1], _metrics={"train": defaultdict(list)})  # fmt: skip
     model = this.model = SimpleNamespace(training=True)
     ids = torch.zeros(mask.shape, dtype=torch.long)
-    inputs = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids, "completion_mask": mask.long(),
-              "advantages": adv, "old_per_token_logps": old, "ref_per_token_logps": ref,
-              "num_items_in_batch": mask.sum()}  # fmt: skip
+    inputs = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids,
+              "completion_mask": mask.long(), "advantages": adv, "old_per_token_logps": old,
+              "ref_per_token_logps": ref, "num_items_in_batch": mask.sum()}  # fmt: skip
     return trainer._compute_loss(this, model, inputs)
 
 
@@ -56,7 +56,7 @@ def test_trl(kind):
     tolerances = {"rtol": 1e-6, "atol": 1e-6} if kind == "sapo" else {}
     for beta in (0.0, 0.1):
         agree(lambda x, b=beta: policy_loss(x, old, adv, mask=mask, kind=kind, ref_logp=ref, beta=b, **ours)[0],
-              lambda x, b=beta: trl_loss(kind, x, old, ref, mask, adv, beta=b, **theirs), logp, **tolerances)  # fmt: skip
+              lambda x, b=beta: trl_loss(kind, x, old, ref, mask, adv, beta=b, **theirs), logp, **tolerances)
 
 
 def test_trl_gspo():

@@ -28,9 +28,9 @@ def replay_routing(router_logits: Tensor, recorded_ids: Tensor, *, renormalize: 
         IndexError, RuntimeError: on the CPU, an id is not in [0, E); on CUDA torch's assertion.
 
     Routing replay of "Stabilizing reinforcement learning with LLMs" (arXiv 2512.01374): R2 records in the training
-    engine (of the old policy), R3 in the rollout engine. Its text on renormalisation could not be confirmed; the default
-    is ours. Two small torch operations that touch K of E logits, differentiable to any order: a kernel could
-    save nothing but the zeros of the gradient, which must be written anyway.
+    engine (of the old policy), R3 in the rollout engine. Its text on renormalisation could not be confirmed; the
+    default is ours. Two small torch operations that touch K of E logits, differentiable to any order; the gradient
+    costs the writing of its zeros, which no kernel could save.
 
     Example:
         >>> import torch

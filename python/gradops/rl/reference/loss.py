@@ -69,10 +69,11 @@ def policy_loss(
     def mean(x: Tensor) -> Tensor:
         return (torch.where(keep, x, 0).detach().double().sum() / n.clamp_min(1)).double()
 
+    low, high, dual = (mean((codes == code).double()) for code in (1, 2, 3))
     stats = PolicyStats(
-        *(mean((codes == code).double()) for code in (1, 2, 3)),
+        clip_low=low, clip_high=high, clip_dual=dual,
         ratio=mean(ratio), kl_k1=mean(-own_ratio), kl_k3=mean(own_ratio.expm1() - own_ratio), ref_kl=mean(ref_kl),
-        masked=1 - n.double() / max(keep.numel(), 1) if keep.numel() else n.double(), tokens=n.double(),
+        masked=(~keep).double().sum() / max(keep.numel(), 1), tokens=n.double(),
         sequences=nonempty.double(),
     )  # fmt: skip
     return value, stats
