@@ -9,7 +9,7 @@ from gradops import rl
 
 from ..harness import Case, Settings
 
-SHAPES = [(2048, 50, 1024), (512, 50, 4096)]
+SHAPES = [((2048, 50, 1024), torch.float32), ((2048, 50, 1024), torch.bfloat16), ((512, 50, 4096), torch.bfloat16)]
 ROWS = 8192  # of the vocabulary: tokens that occur
 
 
@@ -48,30 +48,29 @@ def worst(exact: Callable[[], list[Tensor]]) -> Callable[[Any], float]:
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    for dtype in (torch.float32, torch.bfloat16):
-        for n, k, h in SHAPES[:1] if settings.quick else SHAPES:
-            args, moments = tokens(n, k, h, dtype, settings)
-            wide = [x.double() if x.is_floating_point() else x for x in args]
-            exact = {name: x.double() if x.is_floating_point() else x for name, x in moments.items()}
-            plain = [args[0].float(), *args[1:]]
-            size = float(args[0].nbytes + args[1].nbytes)
-            label = f"{n}x{k}x{h}"
-            yield Case(
-                "capo_curvature", label, dtype, variant="sgd",
-                ours=lambda a=args: rl.capo_curvature(*a),
-                reference=lambda a=plain: in_chunks(a, {}),
-                bytes=size, error=worst(lambda a=wide: in_chunks(a, {})),
-            )  # fmt: skip
-            # every row that occurs is read once; the gather is 2 n k h numbers out of the caches
-            rows = moments["token_ids"].unique().numel()
-            yield Case(
-                "capo_curvature", label, dtype, variant="adam",
-                ours=lambda a=args, m=moments: rl.capo_curvature(*a, model="adam", step=10, **m),
-                reference=lambda a=plain, m=moments: in_chunks(a, m, model="adam", step=10),
-                bytes=size + 8.0 * rows * h,
-                error=worst(lambda a=wide, m=exact: in_chunks(a, m, model="adam", step=10)),
-            )  # fmt: skip
-            yield update(label, dtype, args, moments, rows)
+    for (n, k, h), dtype in SHAPES[:1] if settings.quick else SHAPES:
+        args, moments = tokens(n, k, h, dtype, settings)
+        wide = [x.double() if x.is_floating_point() else x for x in args]
+        exact = {name: x.double() if x.is_floating_point() else x for name, x in moments.items()}
+        plain = [args[0].float(), *args[1:]]
+        size = float(args[0].nbytes + args[1].nbytes)
+        label = f"{n}x{k}x{h}"
+        yield Case(
+            "capo_curvature", label, dtype, variant="sgd",
+            ours=lambda a=args: rl.capo_curvature(*a),
+            reference=lambda a=plain: in_chunks(a, {}),
+            bytes=size, error=worst(lambda a=wide: in_chunks(a, {})),
+        )  # fmt: skip
+        # every row that occurs is read once; the gather is 2 n k h numbers out of the caches
+        rows = moments["token_ids"].unique().numel()
+        yield Case(
+            "capo_curvature", label, dtype, variant="adam",
+            ours=lambda a=args, m=moments: rl.capo_curvature(*a, model="adam", step=10, **m),
+            reference=lambda a=plain, m=moments: in_chunks(a, m, model="adam", step=10),
+            bytes=size + 8.0 * rows * h,
+            error=worst(lambda a=wide, m=exact: in_chunks(a, m, model="adam", step=10)),
+        )  # fmt: skip
+        yield update(label, dtype, args, moments, rows)
 
 
 def update(label: str, dtype: torch.dtype, args: list[Tensor], moments: dict[str, Tensor], rows: int) -> Case:
