@@ -29,8 +29,7 @@ def replay_routing(router_logits: Tensor, recorded_ids: Tensor, *, renormalize: 
 
     Routing replay of "Stabilizing reinforcement learning with LLMs" (arXiv 2512.01374): R2 records in the training
     engine (of the old policy), R3 in the rollout engine. Its text on renormalisation could not be confirmed; the
-    default is ours. Two small torch operations that touch K of E logits, differentiable to any order; the gradient
-    costs the writing of its zeros, which no kernel could save.
+    default is ours. Two torch operations that touch K of E logits, no kernel of its own; differentiable to any order.
 
     Example:
         >>> import torch
