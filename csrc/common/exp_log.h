@@ -12,6 +12,7 @@ struct FloatBits;
 template <>
 struct FloatBits<float> {
   using Int = int32_t;
+  using Unsigned = uint32_t;
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kRound = 0x1.8p23f;  // adding it leaves an integer in the low bits
   static constexpr float kLowest = -104.f, kHighest = 89.f;
@@ -22,6 +23,7 @@ struct FloatBits<float> {
 template <>
 struct FloatBits<double> {
   using Int = int64_t;
+  using Unsigned = uint64_t;
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kRound = 0x1.8p52;
   static constexpr double kLowest = -746., kHighest = 710.;
@@ -95,7 +97,8 @@ template <class T>
   // the mantissa m in [sqrt(1/2), sqrt(2)): the offset is the bits of 1 less those of sqrt(1/2)
   const Int one = Int(B::kBias) << B::kMantissa;
   const Int root = __builtin_bit_cast(Int, T(0.70710678118654752440));
-  const Int shifted = bits + (one - root);
+  using Unsigned = typename B::Unsigned;
+  const Int shifted = Int(Unsigned(bits) + Unsigned(one - root));  // wraps for a NaN
   const Int k = (shifted >> B::kMantissa) - B::kBias;
   const T m = __builtin_bit_cast(T, (shifted & ((Int(1) << B::kMantissa) - 1)) + root);
   const T f = m - T(1), s = f / (T(2) + f), half = T(0.5) * f * f;
