@@ -9,8 +9,13 @@ from ..linalg.newton_schulz import _matmul_precision
 from .selective_log_softmax import _op as _log_softmax
 from .selective_log_softmax import _Softmax
 
-CHUNK_ROWS = (256, 1024)  # CPU: efficient products, little memory; CUDA: more, for the tensor cores
 _BLOCK = 8192  # rows of the weight that are widened, or whose gradient is rounded, at a time
+
+
+def default_rows(hidden: Tensor) -> int:
+    """Rows whose logits take no more than half the memory of the weight's gradient, where that is enough for efficient
+    products; tensor cores want more."""
+    return 1024 if hidden.is_cuda else min(max(256, hidden.shape[-1] // 2), 1024)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -59,7 +64,7 @@ def backward(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | Non
              need_hidden: bool, need_weight: bool, need_bias: bool, chunk_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     wide = _wide(hidden.dtype)
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
-    d_weight = weight.new_zeros(weight.shape if need_weight else 0, dtype=wide)
+    d_weight = weight.new_empty(weight.shape if need_weight else 0, dtype=wide)
     d_bias = weight.new_zeros(len(weight) if need_bias else 0, dtype=wide)
     # Logits may be rounded to 16 bits once they are relative to lse: what is left of the error is a part of log p.
     # CUDA has products with results in float32, and a softcap is not linear.
@@ -88,19 +93,20 @@ def backward(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | Non
         if need_hidden:
             torch.mm(dz, weight, out=d_hidden[rows])
         if need_weight:
-            _accumulate(d_weight, dz, h)
+            _accumulate(d_weight, dz, h, first=rows.start == 0)
     return d_hidden, d_weight, d_bias
 
 
-def _accumulate(d_weight: Tensor, dz: Tensor, hidden: Tensor) -> None:
-    """d_weight += dz' hidden, summed in the dtype of d_weight."""
+def _accumulate(d_weight: Tensor, dz: Tensor, hidden: Tensor, first: bool) -> None:
+    """d_weight += dz' hidden, or =, summed in the dtype of d_weight."""
     if d_weight.dtype == hidden.dtype:
-        d_weight.addmm_(dz.mT, hidden)
+        d_weight.addmm_(dz.mT, hidden, beta=0 if first else 1)
     elif d_weight.is_cuda:
-        torch.addmm(d_weight, dz.mT, hidden, out_dtype=d_weight.dtype, out=d_weight)
+        torch.addmm(d_weight, dz.mT, hidden, out_dtype=d_weight.dtype, beta=0 if first else 1, out=d_weight)
     else:
         for part in _chunks(len(d_weight), _BLOCK):
-            d_weight[part] += dz[:, part].mT @ hidden
+            product = dz[:, part].mT @ hidden
+            d_weight[part].copy_(product) if first else d_weight[part].add_(product)
 
 
 def tangents(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, directions: tuple[Any, Any, Any],

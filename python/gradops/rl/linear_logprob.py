@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from .._checks import check_device, check_floating, check_integers
 from .._op import _library, needs_derivative, primals, register
-from .linear_chunks import CHUNK_ROWS, backward, forward, tangents
+from .linear_chunks import backward, default_rows, forward, tangents
 from .selective_log_softmax import OUTPUTS
 from .vocabulary_parallel import merge_shards
 
@@ -81,7 +81,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
         softcap: bounds the logits, as Gemma 2 does; before the temperature.
         return_: which results, and in which order: of "logp", "lse", "entropy", "sum_p2" and "sum_p3".
         out_dtype: of the results: float32 or float64.
-        chunk_rows: rows per product. None: 256 on CPU, 1024 on CUDA.
+        chunk_rows: rows per product. None: 1024 on CUDA; on CPU H / 2, but at least 256 and at most 1024.
         fast: for 16-bit input on CPU, let the forward pass round logits to 16 bits, as ``F.linear`` does; its product
             then takes about half the time there.
         group: a process group over whose ranks the vocabulary is cut, each holding consecutive rows of ``weight`` (and
@@ -133,7 +133,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
         at = torch.where((at < 0) | (at >= weight.shape[0]), -1, at)
     args = (hidden.reshape(n, hidden.shape[-1]), weight, at, bias, float(temperature), float(softcap or 0),
             "entropy" in return_, "sum_p2" in return_ or "sum_p3" in return_,
-            int(chunk_rows or CHUNK_ROWS[hidden.device.type == "cuda"]), bool(fast), group)
+            int(chunk_rows or default_rows(hidden)), bool(fast), group)
     wanted = needs_derivative(hidden, weight, *([] if bias is None else [bias]))
     results = dict(zip(OUTPUTS, (_LinearLogprob.apply if wanted else _forward)(*args), strict=True))
     out = tuple(results[name].reshape(targets.shape if name == "logp" else rows).to(out_dtype) for name in return_)
