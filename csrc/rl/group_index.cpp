@@ -89,10 +89,12 @@ class Cutter {
 
 // Offsets of runs of equal labels, where labels never decrease; else -1.
 int64_t runs(const int64_t* a, int64_t n, int64_t* offsets) {
-  int64_t groups = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (i > 0 && a[i] < a[i - 1]) return -1;
-    if (i == 0 || a[i] != a[i - 1]) offsets[groups++] = i;
+  int64_t groups = n > 0;
+  offsets[0] = 0;
+  for (int64_t i = 1; i < n; ++i) {
+    if (a[i] < a[i - 1]) return -1;
+    offsets[groups] = i;  // stays where a run begins: no branch to guess wrong
+    groups += a[i] != a[i - 1];
   }
   offsets[groups] = n;
   return groups;

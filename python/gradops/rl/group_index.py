@@ -56,7 +56,7 @@ def group_index(labels: Tensor | Sequence[str]) -> tuple[Tensor, Tensor, Tensor]
         tensor([0, 1, 0])
     """
     if not isinstance(labels, Tensor):
-        if isinstance(labels, str) or not isinstance(labels, Sequence) and not hasattr(labels, "tolist"):
+        if isinstance(labels, str) or (not isinstance(labels, Sequence) and not hasattr(labels, "tolist")):
             raise TypeError(f"labels must be an integer tensor or a sequence of strings, got {type(labels).__name__}")
         known: dict[str, int] = {}
         numbers = [known.setdefault(label, len(known)) for label in labels]
