@@ -12,15 +12,48 @@ namespace {
 int64_t out_size(Element e) { return e == Element::f64 ? 8 : 4; }
 
 // All groups of a row, cut among the threads into pieces of at least 8192 items on average.
-void run(const GroupRow& row, int64_t items) {
-  const auto kernel = GRADOPS_DISPATCH(group_rows);
+void run(const GroupRow& row) {
+  const auto kernel = is_plain(row) ? GRADOPS_DISPATCH(group_rows_plain) : GRADOPS_DISPATCH(group_rows);
+  const int64_t items = row.items.items;
   const int64_t grain = items <= 8192 ? row.groups : (8192 * row.groups + items - 1) / items;
-  parallel_for(0, row.groups, grain < 64 ? grain : grain / 8 * 8,
-               [&](int64_t begin, int64_t end) { kernel(row, begin, end); });
+  parallel_for(0, row.groups, grain, [&](int64_t begin, int64_t end) { kernel(row, begin, end); });
 }
 
-double spread_of_all(GroupRow row, int64_t items) {
-  const int64_t bounds[2] = {0, items};
+// Rewards, advantages and flags in the groups' order.
+int64_t gathered_bytes(const GroupTask& t) { return t.items.items * (element_size(t.items.element) + 4 + 1); }
+
+// The rewards put in order first, and the advantages put back, for the faster kernel. False where it cannot be used.
+bool run_gathered(const GroupRow& row, void* memory) {
+  GroupRow ordered = row;
+  ordered.order = nullptr;
+  if (!row.order || !is_plain(ordered)) return false;
+  const int64_t n = row.items.items, size = element_size(row.items.element);
+  const int32_t* order = row.order;
+  char* x = static_cast<char*>(memory);
+  float *adv = reinterpret_cast<float*>(x + (n * size + 3) / 4 * 4), *out = static_cast<float*>(row.out);
+  bool *flags = reinterpret_cast<bool*>(adv + n), *degenerate = row.degenerate;
+  ordered.items.x = x, ordered.out = adv, ordered.degenerate = flags;
+  const auto gather = [&](auto zero) {
+    using U = decltype(zero);
+    const U* from = static_cast<const U*>(row.items.x);
+    U* to = reinterpret_cast<U*>(x);
+    parallel_for(0, n, 16384, [=](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) to[p] = from[order[p]];
+    });
+  };
+  if (size == 4)
+    gather(uint32_t());
+  else
+    gather(uint16_t());
+  run(ordered);
+  parallel_for(0, n, 16384, [=](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) out[order[p]] = adv[p], degenerate[order[p]] = flags[p];
+  });
+  return true;
+}
+
+double spread_of_all(GroupRow row) {
+  const int64_t bounds[2] = {0, row.items.items};
   double stats[5];
   row.offsets = bounds, row.groups = 1, row.order = nullptr, row.long_order = nullptr;
   row.out = nullptr, row.stats = stats;
@@ -31,9 +64,9 @@ double spread_of_all(GroupRow row, int64_t items) {
 
 }  // namespace
 
-int64_t cpu::group_advantages_workspace(const GroupTask&) { return 0; }
+int64_t cpu::group_advantages_workspace(const GroupTask& t) { return t.groups.ids ? gathered_bytes(t) + 4 : 0; }
 
-void cpu::group_advantages(const GroupTask& t, void*, void*) {
+void cpu::group_advantages(const GroupTask& t, void* workspace, void*) {
   const int64_t n = t.items.items;
   if (t.groups.offsets) {
     const int64_t *o = t.groups.offsets, g = t.groups.groups;
@@ -42,24 +75,22 @@ void cpu::group_advantages(const GroupTask& t, void*, void*) {
     if (!good) throw std::runtime_error("offsets must start at 0, not decrease and end at the number of rewards");
   }
   GroupRow first{t.items, t.rule, t.groups.offsets, t.groups.groups, t.groups.group_size};
-  first.items.items = n;
   const auto each_row = [&](GroupRow row) {
     for (int64_t b = 0; b < t.items.batch; ++b) {
       row.items.x = static_cast<const char*>(t.items.x) + b * n * element_size(t.items.element);
       if (t.out) {
         row.out = static_cast<char*>(t.out) + b * n * out_size(t.items.element);
         row.degenerate = t.degenerate + b * n;
-        if (t.rule.scale == Spread::batch) row.batch_spread = spread_of_all(row, n);
+        if (t.rule.scale == Spread::batch) row.batch_spread = spread_of_all(row);
       } else {
         row.stats = t.stats + b * 5 * t.groups.groups;
       }
-      run(row, n);
+      if (!run_gathered(row, workspace)) run(row);
     }
   };
   const auto sorted = [&](const int64_t* strata) {
     GroupRow row = first;
-    const SortedKeys keys =
-        t.out ? sort_keys(t.groups.ids, strata, n) : sort_numbers(t.groups.ids, n, t.groups.groups);
+    const SortedKeys keys = t.out ? sort_keys(t.groups.ids, strata, n) : sort_numbers(t.groups.ids, n, t.groups.groups);
     row.offsets = keys.offsets, row.groups = keys.groups;
     row.order = keys.order, row.long_order = keys.long_order;
     return row;

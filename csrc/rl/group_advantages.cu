@@ -15,8 +15,8 @@ namespace gradops {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kPerLane = 8;             // a team of lanes takes groups up to 8 times its size
-constexpr int64_t kOneLaunch = 65536;   // up to here every block measures the whole batch itself, where it must
+constexpr int kPerLane = 8;            // a team of lanes takes groups up to 8 times its size
+constexpr int64_t kOneLaunch = 65536;  // up to here every block measures the whole batch itself, where it must
 constexpr double kInf = HUGE_VAL;
 
 struct Add {
@@ -63,8 +63,10 @@ struct Task {
   template <class T>
   __device__ void at_row(int64_t row) {
     items.x = static_cast<const T*>(items.x) + row * items.items;
-    if (out) out = static_cast<char*>(out) + row * items.items * (sizeof(T) == 8 ? 8 : 4), degenerate += row * items.items;
-    else if (stats) stats += row * 5 * groups.groups;
+    if (out)
+      out = static_cast<char*>(out) + row * items.items * (sizeof(T) == 8 ? 8 : 4), degenerate += row * items.items;
+    else if (stats)
+      stats += row * 5 * groups.groups;
     if (batch_spread) batch_spread += row;
   }
 };
@@ -226,7 +228,8 @@ __global__ void __launch_bounds__(kThreads) in_order(const __grid_constant__ Tas
   const auto members = [&](int64_t g) {
     const int64_t n = t.items.items, *o = t.groups.offsets;
     int64_t first = 0, end = 0;
-    if (g < t.groups.groups) first = o ? o[g] : g * t.groups.group_size, end = o ? o[g + 1] : first + t.groups.group_size;
+    if (g < t.groups.groups)
+      first = o ? o[g] : g * t.groups.group_size, end = o ? o[g + 1] : first + t.groups.group_size;
     first = first < 0 ? 0 : first, end = end > n ? n : end;
     return Members<T>{t, first, end > first ? end - first : 0, nullptr};
   };
@@ -369,7 +372,8 @@ void cuda::group_advantages(const GroupTask& g, void* workspace, void* stream) {
   const int64_t n = g.items.items, batch = g.items.batch;
   if (batch == 0) return;
   if (batch > 65535) throw std::runtime_error("group_advantages: at most 65535 rows on CUDA");
-  if (g.groups.ids && n > 0x3fffffff) throw std::runtime_error("group_advantages: ids for at most 2^30 rewards on CUDA");
+  if (g.groups.ids && n > 0x3fffffff)
+    throw std::runtime_error("group_advantages: ids for at most 2^30 rewards on CUDA");
   Task t{g.items, g.groups, g.rule, g.out, g.stats, g.degenerate, nullptr, false};
   const unsigned rows = unsigned(batch);
   with_device_type(g.items.element, [&](auto type) {
@@ -387,9 +391,12 @@ void cuda::group_advantages(const GroupTask& g, void* workspace, void* stream) {
       launch(by_label<T>, dim3(unsigned(parts), rows), kThreads, 0, stream, t, static_cast<int*>(workspace));
     } else {
       const int64_t mean = g.groups.groups > 0 ? n / g.groups.groups : 0;
-      if (mean <= 8) launch_in_order<T, 8>(t, rows, stream);
-      else if (mean <= 16) launch_in_order<T, 16>(t, rows, stream);
-      else launch_in_order<T, 32>(t, rows, stream);
+      if (mean <= 8)
+        launch_in_order<T, 8>(t, rows, stream);
+      else if (mean <= 16)
+        launch_in_order<T, 16>(t, rows, stream);
+      else
+        launch_in_order<T, 32>(t, rows, stream);
     }
   });
 }

@@ -30,6 +30,14 @@ struct GroupRow {
   bool blend;  // with what `out` holds
 };
 GRADOPS_DECLARE(void, group_rows, const GroupRow&, int64_t begin, int64_t end)
+// The same, for what is_plain.
+GRADOPS_DECLARE(void, group_rows_plain, const GroupRow&, int64_t begin, int64_t end)
+inline bool is_plain(const GroupRow& t) {
+  const GroupItems& i = t.items;
+  return t.out && !t.order && !t.long_order && !t.blend && !i.valid && !i.weights && !t.rule.skip_nan &&
+         i.element != Element::f64 && t.rule.scale != Spread::loo && t.rule.baseline != Baseline::opo &&
+         t.rule.baseline != Baseline::max2;
+}
 
 namespace cpu {
 void group_advantages(const GroupTask&, void* workspace, void* = nullptr);

@@ -18,11 +18,11 @@ struct Buffer {  // values, weights (0 where there is no valid item), lengths
 // One work item: up to W groups side by side, or one group.
 struct Work {
   const GroupRow& t;
-  int64_t first;     // group
-  int lanes;         // how many groups; 0: one group over all lanes
+  int64_t first;  // group
+  int lanes;      // how many groups; 0: one group over all lanes
   int64_t begin[W], size[W];
-  int64_t rows;      // vectors, of all buffers together
-  bool masked;       // some places hold no valid item
+  int64_t rows;  // vectors, of all buffers together
+  bool masked;   // some places hold no valid item
 };
 
 struct Straight {
@@ -62,8 +62,7 @@ void fill(const Work& k, Buffer& b, int64_t row, int64_t rows) {
         each_place(k, row, rows, [&](int64_t i, int64_t p) {
           const int64_t item = order[p];
           const double value = double(widen(x[item])), weight = items.weights ? items.weights[item] : 1.;
-          const bool valid =
-              (!items.valid || items.valid[item]) && weight > 0 && !(t.rule.skip_nan && value != value);
+          const bool valid = (!items.valid || items.valid[item]) && weight > 0 && !(t.rule.skip_nan && value != value);
           b.x[i] = valid ? value : 0.;
           b.w[i] = valid ? weight : 0.;
         });
@@ -190,7 +189,7 @@ GroupItem item_at(const GroupRow& t, int64_t position) {
 // Divides by the spread of the others, item by item.
 void apply_gain_without(const Work& k, Buffer& b, int64_t row, int64_t rows, const GroupSums<Lanes>& s) {
   const auto divide = [&](int lane, int64_t place, int64_t j) {
-    const GroupSums<double> sums{s.count[lane], s.weight[lane], s.low[lane], s.high[lane], s.scale[lane],
+    const GroupSums<double> sums{s.count[lane], s.weight[lane], s.low[lane], s.high[lane],  s.scale[lane],
                                  s.mean[lane],  s.m2[lane],     s.opo[lane], s.second[lane]};
     const int64_t begin = k.begin[lane];
     if (!is_single(sums, k.t.rule) && (!k.masked || b.w[place] > 0))
@@ -237,15 +236,17 @@ void solve(Work& k, Buffer& b) {
   if (k.rows <= kRows) fill(k, b, 0, k.rows);
   const GroupRow& t = k.t;
   const GroupSums<Lanes> s = k.lanes ? (k.masked ? measure<true, false>(k, b) : measure<false, false>(k, b))
-                                 : (k.masked ? measure<true, true>(k, b) : measure<false, true>(k, b));
+                                     : (k.masked ? measure<true, true>(k, b) : measure<false, true>(k, b));
   if (!t.out) return write_stats(k, s);
   const GroupAffine<Lanes> a = affine_of(s, t.rule, t.batch_spread, t.items.weights != nullptr);
   const Mask single = is_single(s, t.rule), same = is_degenerate(s);
   each_block(k, b, [&](int64_t rows, int64_t row) {
     apply(k, b, rows, s, a, single);
     if (t.rule.scale == Spread::loo) apply_gain_without(k, b, row, rows, s);
-    if (t.items.element == Element::f64) store<double>(k, b, row, rows, single);
-    else store<float>(k, b, row, rows, single);
+    if (t.items.element == Element::f64)
+      store<double>(k, b, row, rows, single);
+    else
+      store<float>(k, b, row, rows, single);
   });
   if (t.blend) return;
   with_order(t, [&](auto order) {

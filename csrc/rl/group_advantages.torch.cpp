@@ -55,8 +55,9 @@ struct Columns {
 GroupTask task(const Tensor& x, const Columns& c, int64_t group_size, int64_t groups) {
   const int64_t n = x.size(-1);
   GroupTask t{};
-  t.items = {x.const_data_ptr(), element(x, "the rewards"), x.dim() == 1 ? 1 : x.size(0), n,
-             c.valid.data,       c.weights.data,            c.lengths.data};
+  t.items = {
+      x.const_data_ptr(), element(x, "the rewards"), x.dim() == 1 ? 1 : x.size(0), n, c.valid.data, c.weights.data,
+      c.lengths.data};
   t.groups = {c.offsets.data, groups, group_size, c.ids.data, c.strata.data};
   if (c.offsets.data) {
     t.groups.groups = c.offsets.size - 1;
@@ -78,8 +79,16 @@ std::tuple<Tensor, Tensor> group_advantages(const Tensor& rewards_in, const Mayb
   const Columns columns(rewards, offsets, ids, strata, valid, weights, lengths);
   STD_TORCH_CHECK(!columns.strata.data || columns.ids.data, "group_advantages: strata needs ids");
   GroupTask t = task(rewards, columns, group_size, 0);
-  t.rule = {Baseline(rule[0]), Spread(rule[1]), EpsMode(rule[2]), Singleton(rule[3]), rule[4] != 0,
-            rule[5] != 0,      rule[6] != 0,    correction,       eps,                alpha};
+  t.rule = {Baseline(rule[0]),
+            Spread(rule[1]),
+            EpsMode(rule[2]),
+            Singleton(rule[3]),
+            rule[4] != 0,
+            rule[5] != 0,
+            rule[6] != 0,
+            correction,
+            eps,
+            alpha};
   STD_TORCH_CHECK(t.rule.baseline != Baseline::opo || columns.lengths.data, "group_advantages: opo needs lengths");
   std::vector<int64_t> shape{rewards.size(-1)};
   if (rewards.dim() == 2) shape.insert(shape.begin(), rewards.size(0));

@@ -87,6 +87,19 @@ class Cutter {
   int64_t bytes_ = 0;
 };
 
+// Offsets of runs of equal labels, where labels never decrease; else -1.
+int64_t runs(const int64_t* a, int64_t n, int64_t* offsets) {
+  int64_t groups = n > 0;
+  offsets[0] = 0;
+  for (int64_t i = 1; i < n; ++i) {
+    if (a[i] < a[i - 1]) return -1;
+    offsets[groups] = i;  // stays where a run begins: no branch to guess wrong
+    groups += a[i] != a[i - 1];
+  }
+  offsets[groups] = n;
+  return groups;
+}
+
 template <class I>
 int64_t sort_keys(const int64_t* a, const int64_t* b, int64_t n, int64_t*& offsets, I*& order) {
   const Range ra(a, n), rb(b ? b : a, b ? n : 0);
@@ -145,8 +158,14 @@ void cpu::group_order(const int64_t* ids, int64_t n, int64_t groups, int64_t* or
 
 cpu::SortedKeys cpu::sort_keys(const int64_t* ids, const int64_t* strata, int64_t n) {
   SortedKeys s{};
-  if (n < INT32_MAX / 8) s.groups = gradops::sort_keys(ids, strata, n, s.offsets, s.order);
-  else s.groups = gradops::sort_keys(ids, strata, n, s.offsets, s.long_order);
+  if (!strata) {
+    s.offsets = reinterpret_cast<int64_t*>(thread_scratch(8 * (n + 1)));
+    if ((s.groups = runs(ids, n, s.offsets)) >= 0) return s;
+  }
+  if (n < INT32_MAX / 8)
+    s.groups = gradops::sort_keys(ids, strata, n, s.offsets, s.order);
+  else
+    s.groups = gradops::sort_keys(ids, strata, n, s.offsets, s.long_order);
   return s;
 }
 

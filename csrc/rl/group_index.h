@@ -11,7 +11,8 @@ int64_t group_ids(const int64_t* labels, int64_t n, int64_t* ids);
 void group_order(const int64_t* ids, int64_t n, int64_t groups, int64_t* order, int64_t* offsets);
 
 // Items with equal (ids, strata) side by side, groups in any order; strata may be null. offsets: [n + 1] at most;
-// one of order (n < 2^31) and long_order is filled. The arrays live until the thread's next call.
+// one of order (n < 2^31) and long_order is filled, or none if the items already lie so. The arrays live until the
+// thread's next call.
 struct SortedKeys {
   int64_t groups;
   int64_t* offsets;

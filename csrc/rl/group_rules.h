@@ -88,20 +88,23 @@ GRADOPS_BOTH inline uint64_t double_bits(double x) {
 GRADOPS_BOTH inline double select(bool c, double a, double b) { return c ? a : b; }
 GRADOPS_BOTH inline double root(double x) { return __builtin_sqrt(x); }
 
-// The power of two s with s * range in [1/2, 1), for range >= 0; something finite for what is no finite range.
-GRADOPS_BOTH inline double scale_of(double range) {
-  const int64_t exponent = int64_t(double_bits(range) >> 52 & 0x7ff), biased = 2045 - exponent;
-  return bits_double(uint64_t(biased < 1 ? 1 : biased) << 52);
+// The power of two above x >= 0, at most twice x; something finite for what is no finite number.
+GRADOPS_BOTH inline double above(double x) {
+  const uint64_t exponent = (double_bits(x) >> 52 & 0x7ff) + 1;
+  return bits_double((exponent > 2045 ? 2045 : exponent) << 52);
 }
+// Its inverse.
+GRADOPS_BOTH inline double scale_of(double x) { return bits_double((uint64_t(2046) << 52) - double_bits(above(x))); }
+
 // Adding and subtracting it rounds a term of magnitude up to `bound`, for a sum of up to `count` terms.
 template <class D>
 GRADOPS_BOTH inline D grain_of(D count, D bound) {
-  return 1.5 / (scale_of(count) * scale_of(bound));
+  return 1.5 * above(count) * above(bound);
 }
 // The grain for what the first one rounds off.
 template <class D>
 GRADOPS_BOTH inline D finer(D grain, D count) {
-  return grain * 0x1p-51 / scale_of(count);
+  return grain * 0x1p-51 * above(count);
 }
 template <class D>
 GRADOPS_BOTH inline D rounded(D term, D grain) {
@@ -148,8 +151,10 @@ GRADOPS_BOTH inline GroupAffine<D> affine_of(const GroupSums<D>& s, const GroupR
   const auto single = is_single(s, rule);
   if (rule.singleton == Singleton::keep) {  // as if its baseline were 0 and its spread 1
     D gain = one;
-    if (rule.scale == Spread::batch) gain = gain_of(D() + batch_spread, rule);
-    else if (rule.scale != Spread::none) gain = gain_of(one, rule);
+    if (rule.scale == Spread::batch)
+      gain = gain_of(D() + batch_spread, rule);
+    else if (rule.scale != Spread::none)
+      gain = gain_of(one, rule);
     a.shift = select(single, s.low, a.shift);
     a.gain = select(single, gain, a.gain);
   } else {

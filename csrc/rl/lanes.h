@@ -7,6 +7,11 @@
 namespace gradops::GRADOPS_ISA {
 namespace {
 
+using gradops::above;  // for double, beside those for Lanes
+using gradops::root;
+using gradops::scale_of;
+using gradops::select;
+
 constexpr int W = kLanes<double>;
 
 struct Mask {
@@ -37,20 +42,27 @@ inline Lanes root(Lanes x) {
   for (int i = 0; i < W; ++i) x.v[i] = __builtin_sqrt(x.v[i]);
   return x;
 }
-inline Lanes scale_of(Lanes range) {
-  const Vec<int64_t> biased = 2045 - (reinterpret_cast<Vec<int64_t>&>(range.v) >> 52 & 0x7ff);
-  Vec<int64_t> bits = (biased < 1 ? biased * 0 + 1 : biased) << 52;
+inline Lanes above(Lanes x) {
+  const Vec<int64_t> exponent = (reinterpret_cast<Vec<int64_t>&>(x.v) >> 52 & 0x7ff) + 1;
+  Vec<int64_t> bits = (exponent > 2045 ? exponent * 0 + 2045 : exponent) << 52;
+  return reinterpret_cast<Vec<double>&>(bits);
+}
+inline Lanes scale_of(Lanes x) {
+  const Lanes inverse = above(x);
+  Vec<int64_t> bits = (Vec<int64_t>{} + (int64_t(2046) << 52)) - reinterpret_cast<const Vec<int64_t>&>(inverse.v);
   return reinterpret_cast<Vec<double>&>(bits);
 }
 
-template <class Op>
-inline Lanes over_all(Lanes x, Op op) {  // every lane gets the result
-  for (int step = W / 2; step > 0; step /= 2) {
-    Vec<double> other;
-    for (int i = 0; i < W; ++i) other[i] = x.v[i ^ step];
-    x = op(x, Lanes(other));
+// Every lane gets op over all lanes.
+template <int kStep = W / 2, class Op>
+[[gnu::always_inline]] inline Lanes over_all(Lanes x, Op op) {
+  if constexpr (kStep == 0) {
+    return x;
+  } else {
+    Vec<int64_t> partner;
+    for (int i = 0; i < W; ++i) partner[i] = i ^ kStep;
+    return over_all<kStep / 2>(op(x, Lanes(__builtin_shuffle(x.v, partner))), op);
   }
-  return x;
 }
 inline Lanes sum_over_all(Lanes x) {
   return over_all(x, [](Lanes a, Lanes b) { return a + b; });

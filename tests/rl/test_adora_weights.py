@@ -16,7 +16,7 @@ def test_adora_weights_are_the_rule(n, rule, seed, limit):
     rewards = torch.randint(0, 3, (n,), generator=g).float()
     lengths = torch.randint(1, 10, (n,), generator=g)
     ids, valid = torch.randint(-9, 0, (n,), generator=g) * 10**15, torch.rand(n, generator=g) < 0.8
-    options = dict(ids=ids, rule=rule, max_length=limit, valid=valid, factor=0.25)
+    options = {"ids": ids, "rule": rule, "max_length": limit, "valid": valid, "factor": 0.25}
     assert torch.equal(adora_weights(rewards, lengths, **options), reference.adora_weights(rewards, lengths, **options))
 
 
@@ -34,7 +34,7 @@ def test_top_k_is_the_rule(n, k, seed, copies, masked):
     rewards = torch.randint(0, 5, (n,), generator=g) / 4
     rewards[torch.rand(n, generator=g) < 0.1] = torch.nan
     rewards[torch.rand(n, generator=g) < 0.1] = -torch.inf
-    options = dict(ids=torch.randint(-6, 3, (n,), generator=g) * 10**15, alpha=0.3)
+    options = {"ids": torch.randint(-6, 3, (n,), generator=g) * 10**15, "alpha": 0.3}
     if copies:
         options["duplicates"] = torch.randint(0, 5, (n,), generator=g)
     if masked:
@@ -46,7 +46,7 @@ def test_groups_may_be_given_in_any_way():
     g = torch.Generator().manual_seed(0)
     rewards, lengths = torch.rand(24, generator=g), torch.randint(1, 9, (24,), generator=g)
     ids = torch.arange(24) // 6
-    ways = [dict(group_size=6), dict(offsets=torch.arange(0, 25, 6)), dict(ids=ids), dict(ids=(ids // 2, ids % 2))]
+    ways = [{"group_size": 6}, {"offsets": torch.arange(0, 25, 6)}, {"ids": ids}, {"ids": (ids // 2, ids % 2)}]
     for a, b in itertools.pairwise(ways):
         assert torch.equal(group_top_k_mask(rewards, 2, **a), group_top_k_mask(rewards, 2, **b))
         assert torch.equal(adora_weights(rewards, lengths, **a), adora_weights(rewards, lengths, **b))

@@ -57,7 +57,8 @@ def test_every_rule(backend, baseline, scale):
     rules = itertools.product(("add", "max", "var"), ("zero", "keep"), ("zero", "keep"))
     given = itertools.cycle([("weights",), (), ("weights", "valid"), ("valid",), ()])
     for (mode, singleton, degenerate), names in zip(rules, given, strict=False):
-        choices = dict(baseline=baseline, scale=scale, eps_mode=mode, singleton=singleton, degenerate=degenerate)
+        choices = {"baseline": baseline, "scale": scale, "eps_mode": mode, "singleton": singleton,
+                   "degenerate": degenerate}
         more = {k: optional[k] for k in names}
         a, same = raw(ops, rewards.to(device), ids=ids.to(device), lengths=lengths.to(device), **choices,
                       **{k: v.to(device) for k, v in more.items()})
@@ -81,7 +82,8 @@ def test_three_ways_to_group(backend, dtype):
 
 
 # Sizes around every change of method: lanes side by side, one group over lanes, several buffers, a block on CUDA.
-@pytest.mark.parametrize("sizes", [[1, 0, 2, 7, 8, 9, 0], [127, 128, 129, 3], [1000, 5, 0], [4095, 1], [4097], [0, 0], []])
+@pytest.mark.parametrize("sizes", [[1, 0, 2, 7, 8, 9, 0], [127, 128, 129, 3], [1000, 5, 0], [4095, 1], [4097], [0, 0],
+                                   []])
 def test_ragged_sizes(backend, sizes):
     device, ops = backend
     n = sum(sizes)
@@ -104,7 +106,7 @@ def test_any_shape(sizes, kind, seed, dtype):
     rewards = torch.randint(0, 5, (n,), generator=seeded(seed)).to(dtype) / 4
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     lengths = torch.randint(1, 9, (n,), generator=seeded(seed))
-    options = dict(offsets=offsets, lengths=lengths, baseline=kind[0], scale=kind[1])
+    options = {"offsets": offsets, "lengths": lengths, "baseline": kind[0], "scale": kind[1]}
     a, same = group_advantages(rewards, **options)
     want, want_same = reference.group_advantages(rewards.double(), **options)
     close(a, want, max(ROUNDING[a.dtype], 1e-9))
@@ -221,8 +223,8 @@ def test_nan_stays_in_its_group(backend):
     for baseline, scale in KINDS:
         if scale == "batch" or (baseline, scale) == ("none", "none"):
             continue
-        options = dict(ids=ids, baseline=baseline, scale=scale,
-                       lengths=torch.ones(60, dtype=torch.float64, device=device))
+        options = {"ids": ids, "baseline": baseline, "scale": scale,
+                       "lengths": torch.ones(60, dtype=torch.float64, device=device)}
         want = raw(ops, rewards, **options)[0]
         for bad in (torch.nan, torch.inf):
             poisoned = rewards.clone()
@@ -241,7 +243,7 @@ def test_invalid_members_count_for_nothing(backend):
     valid[10:20] = False
     rewards[10:20] = torch.nan
     for baseline, scale in KINDS:
-        options = dict(baseline=baseline, scale=scale)
+        options = {"baseline": baseline, "scale": scale}
         lengths = torch.arange(1.0, 61, dtype=torch.float64, device=device)
         a, _ = raw(ops, rewards, ids=ids, valid=valid, lengths=lengths, **options)
         want, _ = raw(ops, rewards[valid], ids=ids[valid], lengths=lengths[valid], **options)
@@ -265,7 +267,7 @@ def test_rows_are_independent(backend):
     device, ops = backend
     rows = torch.randn(3, 40, generator=seeded()).to(device)
     ids = torch.randint(0, 6, (40,), generator=seeded()).to(device)
-    for options in (dict(ids=ids), dict(group_size=8), dict(ids=ids, scale="batch")):
+    for options in ({"ids": ids}, {"group_size": 8}, {"ids": ids, "scale": "batch"}):
         a, same = raw(ops, rows, **options)
         for i in range(3):
             one, one_same = raw(ops, rows[i], **options)
@@ -383,7 +385,8 @@ def test_bad_input():
          lambda: group_advantages(r, group_size=3, preset="dr_grpo", scale="group")),
         (ValueError, "eps must be 0.0001 with compat='trl', got 1e-06",
          lambda: group_advantages(r, group_size=3, compat="trl", eps=1e-6)),
-        (ValueError, "preset must be one of 'grpo'", lambda: group_advantages(r, group_size=3, compat="trl", preset="opo")),
+        (ValueError, "preset must be one of 'grpo'",
+         lambda: group_advantages(r, group_size=3, compat="trl", preset="opo")),
         (ValueError, "lengths must be given", lambda: group_advantages(r, group_size=3, preset="opo")),
         (ValueError, "strata must be given with preset='san'", lambda: group_advantages(r, group_size=3, preset="san")),
     ]:  # fmt: skip
@@ -400,8 +403,8 @@ def test_group_index():
         for ours, want in zip(group_index(t), reference.group_index(t), strict=True):
             assert torch.equal(ours, want) and ours.dtype == torch.int64
     words = ["uid-b", "uid-a", "uid-b", ""]
-    for given in (words, np.array(words), np.array(words, dtype=object)):
-        ids, perm, offsets = group_index(given)
+    for labels in (words, np.array(words), np.array(words, dtype=object)):
+        ids, perm, offsets = group_index(labels)
         assert ids.tolist() == [0, 1, 0, 2] and perm.tolist() == [0, 2, 1, 3] and offsets.tolist() == [0, 2, 3, 4]
     for error, match, bad in ((TypeError, "labels must be int32 or int64", torch.ones(3)),
                               (ValueError, "labels must have 1 dimension", torch.ones(2, 2, dtype=torch.int64)),

@@ -1,4 +1,4 @@
-"""compat= against the libraries' own code: TRL's and verl's as installed, OpenRLHF's formulas (it does not install here).
+"""compat= against the libraries' own code: TRL's and verl's as installed; OpenRLHF's formulas, written out.
 
 Tolerances are theirs: they sum in float32.
 """
@@ -37,7 +37,8 @@ def trl_advantages(trainer, r, **settings):
     names = {
         "self": SimpleNamespace(reward_weights=torch.ones(r.shape[1]), reward_funcs=[None] * r.shape[1], beta=0.0,
                                 reward_clip_range=None, normalize_advantages=False, **settings),
-        "torch": torch, "nanstd": nanstd, "rewards_per_func": r, "num_generations": G, "device": r.device, "mode": "train",
+        "torch": torch, "nanstd": nanstd, "rewards_per_func": r, "num_generations": G, "device": r.device,
+        "mode": "train",
     }  # fmt: skip
     exec(trl_lines(trainer, "unscorable_mask =", "advantages = torch.nan_to_num"), names)
     return names["advantages"]

@@ -13,7 +13,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def check(ours, want, x):
     """The mean is within rounding of the largest number, m2 within that of itself."""
     for name, a, b in zip(SegmentStats._fields, ours, want, strict=True):
-        torch.testing.assert_close(a.cpu(), b, rtol=1e-11, atol=1e-13, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-11, atol=1e-13, equal_nan=True,
+                                   msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("options", [(), ("valid",), ("weights",), ("valid", "weights")], ids=str)

@@ -45,7 +45,8 @@ def grouping(rewards: Tensor, offsets: Any, ids: Any, group_size: int | None,
     """(offsets, ids, second ids, group size) of exactly one way to group rewards along their first dimension."""
     if (offsets is not None) + (ids is not None) + (group_size is not None) != 1:
         given = [k for k, v in (("offsets", offsets), ("ids", ids), ("group_size", group_size)) if v is not None]
-        raise ValueError(f"exactly one of offsets, ids and group_size must be given, got {' and '.join(given) or 'none'}")
+        raise ValueError("exactly one of offsets, ids and group_size must be given, got "
+                         f"{' and '.join(given) or 'none'}")
     if offsets is not None:
         return check_offsets(offsets, rewards), None, None, 1
     if group_size is not None:

@@ -31,8 +31,8 @@ def _rule(baseline: str | None, scale: str | None, correction: float | None, eps
           singleton: str | None, degenerate: str | None, preset: str | None, compat: str | None, strata: bool,
           ) -> tuple[list[int], float, float]:
     """(the choices, correction, eps) as the op takes them."""
-    given = dict(baseline=baseline, scale=scale, correction=correction, eps=eps, eps_mode=eps_mode,
-                 singleton=singleton, degenerate=degenerate)
+    given = {"baseline": baseline, "scale": scale, "correction": correction, "eps": eps, "eps_mode": eps_mode,
+                 "singleton": singleton, "degenerate": degenerate}
     s = settle(given, preset, compat)
     check_one_of(s["baseline"], "baseline", BASELINES)
     check_one_of(s["scale"], "scale", SCALES)

@@ -14,7 +14,7 @@ class SegmentStats(NamedTuple):
     """Of every group: how many items (or their total weight), mean, sum of squared deviations, smallest, largest.
     All float64. Of an empty group: 0, 0, 0, inf, -inf."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     mean: Tensor
     m2: Tensor
     min: Tensor

@@ -1,6 +1,7 @@
 """Groups of rewards, group by group in Python."""
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -121,11 +122,11 @@ def group_advantages(rewards: Tensor, *, offsets: Tensor | None = None, ids: Any
                      degenerate: str | None = None, valid: Tensor | None = None, weights: Tensor | None = None,
                      strata: Tensor | None = None, alpha: float = 1.0, lengths: Tensor | None = None,
                      preset: str | None = None, compat: str | None = None) -> tuple[Tensor, Tensor]:
-    given = dict(baseline=baseline, scale=scale, correction=correction, eps=eps, eps_mode=eps_mode,
-                 singleton=singleton, degenerate=degenerate)
+    given = {"baseline": baseline, "scale": scale, "correction": correction, "eps": eps, "eps_mode": eps_mode,
+                 "singleton": singleton, "degenerate": degenerate}
     s = settle(given, preset, compat)
     out_dtype = torch.promote_types(rewards.dtype, torch.float32)
-    where = dict(offsets=offsets, ids=ids, group_size=group_size)
+    where = {"offsets": offsets, "ids": ids, "group_size": group_size}
     n = len(rewards)
     if preset == "gdpo":
         columns = rewards[:, None] if rewards.dim() == 1 else rewards
@@ -134,9 +135,9 @@ def group_advantages(rewards: Tensor, *, offsets: Tensor | None = None, ids: Any
         total = sum(u * a.double() for u, (a, _) in zip(w.tolist(), parts, strict=True))
         if compat == "trl":
             valid = ~columns.isnan().all(1)
-        last: dict[str, Any] = dict(eps=s["eps"], correction=s["correction"], eps_mode=s["eps_mode"])
+        last: dict[str, Any] = {"eps": s["eps"], "correction": s["correction"], "eps_mode": s["eps_mode"]}
         if compat == "verl":
-            last = dict(eps=1e-8, eps_mode="var", weights=lengths)
+            last = {"eps": 1e-8, "eps_mode": "var", "weights": lengths}
         a, _ = group_advantages(total, group_size=n, valid=valid, **last)  # type: ignore[arg-type]
         return a.to(out_dtype), torch.stack([d for _, d in parts]).all(0)
     r = rewards.double()
@@ -152,7 +153,8 @@ def group_advantages(rewards: Tensor, *, offsets: Tensor | None = None, ids: Any
         batch = _std(r[keep], w[keep], s["correction"])
 
     def over(groups: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        out, degenerate, single = torch.zeros_like(r), torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+        out = torch.zeros_like(r)
+        degenerate, single = torch.zeros_like(r, dtype=torch.bool), torch.zeros_like(r, dtype=torch.bool)
         for g in groups:
             v = g[keep[g]]
             degenerate[g] = len(v) < 2 or bool((r[v] == r[v[0]]).all())
@@ -175,9 +177,8 @@ def group_advantages(rewards: Tensor, *, offsets: Tensor | None = None, ids: Any
 def trajectory_advantages(rewards: Tensor, trajectory_ids: Tensor, segment_offsets: Tensor, *, eps: float = 1e-6,
                           singleton: str = "keep") -> Tensor:
     out = torch.zeros(len(rewards), dtype=torch.promote_types(rewards.dtype, torch.float32))
-    bounds = segment_offsets.tolist()
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
-        ids, order, _ = group_index(trajectory_ids[a:b])
+    for a, b in pairwise(segment_offsets.tolist()):
+        ids, _, _ = group_index(trajectory_ids[a:b])
         if b == a:
             continue
         first = torch.stack([torch.nonzero(ids == t)[0, 0] for t in range(int(ids.max()) + 1)])
