@@ -83,6 +83,14 @@ def test_public_function_has_every_derivative(name):
     assert jacobian.abs().max() > 0
 
 
+@where(lambda c: c.public and c.derivatives > 1)
+def test_forward_over_forward_is_refused_not_zero(name):
+    c = CALLS[name]
+    x = c.example()
+    with pytest.raises(RuntimeError, match="forward-mode derivatives of forward-mode"):
+        torch.func.jvp(lambda y: torch.func.jvp(c.public, (y,), (x,))[1], (x,), (x,))
+
+
 @where(lambda c: c.public and c.derivatives == 1)
 def test_a_second_derivative_is_refused(name):
     c = CALLS[name]

@@ -7,7 +7,6 @@
 namespace gradops::GRADOPS_ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // logits that are worked on in the first-level cache
 static_assert(kBlock % kRolloutSegment == 0 && kRolloutSegment % kPair == 0);
 
 template <class T>

@@ -138,7 +138,7 @@ inline double capped(double x, double softcap, double& slope) {
   return x < 0 ? -softcap * q : softcap * q;
 }
 
-constexpr int64_t kBlock = 2048;  // entries that a gradient, or a gathered keep set, is worked on at a time
+constexpr int64_t kBlock = 2048;  // entries that are worked on at a time, in the first-level cache
 
 template <class T>
 using Arithmetic = decltype(widen(T()));

@@ -19,6 +19,11 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 def needs_derivative(*tensors: Tensor) -> bool:
     """Whether autograd, forward mode or torch.func could ask for a derivative of what is computed from these."""
     if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+        levels = torch._C._functorch.get_interpreter_stack() or []
+        if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
+            # torch does not differentiate the jvp of an autograd.Function in forward mode: it would be 0
+            raise RuntimeError("forward-mode derivatives of forward-mode derivatives (torch.func.jvp or jacfwd inside "
+                               "another) are not supported; make one of the two reverse-mode, as torch.func.hessian does")
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
