@@ -34,7 +34,7 @@ template <class T>
 }
 
 struct Pack {  // W groups; row j of x holds their j-th items
-  int64_t first[W], size[W], shortest, longest;
+  int64_t group[W], first[W], size[W], shortest, longest;
   alignas(kVectorBytes) double count[W], x[(kLargest + W) * W];
 };
 
@@ -145,8 +145,11 @@ void solve(const GroupRow& t, Pack& p) {
     m2[h] = m2[h] + rounded_alone(d * d, fine);
   });
   const GroupSums<Lanes> s{count, count, low[0], high[0], 1., mean, m2[0] + m2[1], 0., 0.};
-  store_rows(p, affine_of(s, t.rule, t.batch_spread, false), is_degenerate(s), static_cast<float*>(t.out),
-             t.degenerate);
+  const GroupAffine<Lanes> a = affine_of(s, t.rule, t.batch_spread, false);
+  const Mask same = is_degenerate(s);
+  if (!t.maps) return store_rows(p, a, same, static_cast<float*>(t.out), t.degenerate);
+  for (int k = 0; k < W; ++k)
+    if (p.size[k]) t.maps[p.group[k]] = {a.shift[k], a.gain[k], float(s.low[k]), same.m[k] != 0};
 }
 
 template <class T>
@@ -177,6 +180,7 @@ void run(const GroupRow& t, int64_t begin, int64_t end) {
     for (int next = 0; next < used; next += W) {
       for (int k = 0; k < W; ++k) {
         const bool is = next + k < used;
+        p.group[k] = is ? g0 + order[next + k] : 0;
         p.first[k] = is ? first[order[next + k]] : 0;
         p.size[k] = is ? size(order[next + k]) : 0;
         p.count[k] = double(p.size[k]);
@@ -194,6 +198,18 @@ void run(const GroupRow& t, int64_t begin, int64_t end) {
 void group_rows_plain(const GroupRow& t, int64_t begin, int64_t end) {
   with_type(t.items.element, [&](auto zero) {
     if constexpr (sizeof(zero) < 8) run<decltype(zero)>(t, begin, end);
+  });
+}
+
+void group_items(const GroupRow& t, const int32_t* number, int64_t begin, int64_t end) {
+  float* out = static_cast<float*>(t.out);
+  with_type(t.items.element, [&](auto zero) {
+    const auto* x = static_cast<const decltype(zero)*>(t.items.x);
+    for (int64_t i = begin; i < end; ++i) {
+      const GroupMap& m = t.maps[number[i]];
+      out[i] = float((double(widen(x[i])) - double(m.low) + m.shift) * m.gain + 0.);
+      t.degenerate[i] = m.degenerate != 0;
+    }
   });
 }
 
