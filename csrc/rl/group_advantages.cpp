@@ -20,24 +20,26 @@ void run(const GroupRow& row) {
   parallel_for(0, row.groups, grain, [&](int64_t begin, int64_t end) { kernel(row, begin, end); });
 }
 
-// Items in no order, of what is_plain: the rewards are put side by side by group, for what maps each group's rewards
-// to advantages, which are then made in the items' own order.
+// Items in no order, of what is_plain: the rewards are put side by side by group (in what is to hold the advantages,
+// where the cache has room for them), for what maps each group's rewards to advantages; these are then made in order.
 void run_numbered(const GroupRow& row, const SortedKeys& keys) {
-  const int64_t n = row.items.items, size = element_size(row.items.element);
+  const int64_t n = row.items.items;
   GroupRow grouped = row;
   grouped.maps = reinterpret_cast<GroupMap*>(keys.spare);
-  char* x = keys.spare + row.groups * int64_t(sizeof(GroupMap));
+  grouped.items.x = row.out;
   for (int64_t g = 0; g < row.groups; ++g) keys.places[g] = int32_t(row.offsets[g]);
   const auto place = [&](auto zero) {
     using U = decltype(zero);
     const U* from = static_cast<const U*>(row.items.x);
-    for (int64_t i = 0; i < n; ++i) reinterpret_cast<U*>(x)[keys.places[keys.number[i]]++] = from[i];
+    U* to = static_cast<U*>(row.out);
+    const int32_t* number = keys.number;
+    int32_t* places = keys.places;
+    for (int64_t i = 0; i < n; ++i) to[places[number[i]]++] = from[i];
   };
-  if (size == 4)
+  if (row.items.element == Element::f32)
     place(uint32_t());
   else
     place(uint16_t());
-  grouped.items.x = x;
   run(grouped);
   grouped.items.x = row.items.x;
   const auto kernel = GRADOPS_DISPATCH(group_items);
@@ -84,8 +86,7 @@ void cpu::group_advantages(const GroupTask& t, void*, void*) {
   const auto each_sorted_row = [&](const int64_t* strata, bool blend) {
     GroupRow row = first;
     row.blend = blend;
-    const Spare spare{element_size(t.items.element), sizeof(GroupMap)};
-    const SortedKeys keys = t.out ? sort_keys(t.groups.ids, strata, n, !is_plain(row) || n >= kManyItems, spare)
+    const SortedKeys keys = t.out ? sort_keys(t.groups.ids, strata, n, !is_plain(row) || n >= kManyItems, sizeof(GroupMap))
                                   : sort_numbers(t.groups.ids, n, t.groups.groups);
     row.offsets = keys.offsets, row.groups = keys.groups;
     row.order = keys.order, row.long_order = keys.long_order;

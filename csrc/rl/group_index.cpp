@@ -87,7 +87,7 @@ class Cutter {
 
 // Fills s but for what its type decides: the numbers, the groups' places, and, if ordered, the order.
 template <class I>
-void number_keys(const int64_t* a, const int64_t* b, int64_t n, bool ordered, cpu::Spare spare, cpu::SortedKeys& s,
+void number_keys(const int64_t* a, const int64_t* b, int64_t n, bool ordered, int64_t spare, cpu::SortedKeys& s,
                  I*& number, I*& places, I*& order) {
   const auto range = GRADOPS_DISPATCH(key_range);
   const KeyRange ra = range(a, n), rb = b ? range(b, n) : KeyRange{};
@@ -100,17 +100,18 @@ void number_keys(const int64_t* a, const int64_t* b, int64_t n, bool ordered, cp
     number = c.take<I>(n), places = c.take<I>(most);
     if (ordered) order = c.take<I>(n);
     if (!direct) table = c.take<I>(table_size(n)), first = c.take<I>(n);
-    s.spare = c.take<char>(spare.per_item * n + spare.per_group * most);
+    s.spare = c.take<char>(spare * most);
     return c.bytes();
   };
   cut(Cutter(thread_scratch(cut(Cutter()))));
   s.groups = most;
+  const int64_t low = ra.low, columns = int64_t(wb), low_b = rb.low;
   if (!direct) {
     s.groups = number_by_hash(a, b, n, table, first, number);
   } else if (!b) {
-    for (int64_t i = 0; i < n; ++i) number[i] = I(a[i] - ra.low);
+    for (int64_t i = 0; i < n; ++i) number[i] = I(a[i] - low);
   } else {
-    for (int64_t i = 0; i < n; ++i) number[i] = I((a[i] - ra.low) * int64_t(wb) + (b[i] - rb.low));
+    for (int64_t i = 0; i < n; ++i) number[i] = I((a[i] - low) * columns + (b[i] - low_b));
   }
   if (ordered) return sort_by(number, n, s.groups, places, s.offsets, order);
   std::memset(places, 0, size_t(s.groups) * sizeof(I));
@@ -148,7 +149,7 @@ void cpu::group_order(const int64_t* ids, int64_t n, int64_t groups, int64_t* or
   sort_by(ids, n, groups, reinterpret_cast<int64_t*>(thread_scratch(8 * groups)), offsets, order);
 }
 
-cpu::SortedKeys cpu::sort_keys(const int64_t* ids, const int64_t* strata, int64_t n, bool ordered, Spare spare) {
+cpu::SortedKeys cpu::sort_keys(const int64_t* ids, const int64_t* strata, int64_t n, bool ordered, int64_t spare) {
   SortedKeys s{};
   if (!strata) {
     s.offsets = reinterpret_cast<int64_t*>(thread_scratch(8 * (n + 8)));

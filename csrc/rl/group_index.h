@@ -24,7 +24,7 @@ void group_order(const int64_t* ids, int64_t n, int64_t groups, int64_t* order, 
 // Items with equal (ids, strata) in groups, in any order of groups, some of them empty; strata may be null. Group g is
 // the items offsets[g] .. offsets[g + 1] of an order: of their own where `number` and `order` are null; else of `order`
 // (long_order for n >= 2^28), or, if not asked for that, by `number`, [n], the group of each item.
-// `places` and `spare` are memory: 4 bytes a group, and what was asked for. All live until the thread's next call.
+// `places` and `spare` are memory: 4 and as many bytes a group as asked for. All live until the thread's next call.
 struct SortedKeys {
   int64_t groups;
   int64_t* offsets;
@@ -32,11 +32,8 @@ struct SortedKeys {
   int64_t* long_order;
   char* spare;
 };
-struct Spare {
-  int64_t per_item, per_group;  // bytes
-};
 constexpr int64_t kManyItems = int64_t(1) << 28;  // from here on numbers do not fit 32 bits everywhere
-SortedKeys sort_keys(const int64_t* ids, const int64_t* strata, int64_t n, bool ordered, Spare spare);
+SortedKeys sort_keys(const int64_t* ids, const int64_t* strata, int64_t n, bool ordered, int64_t spare);
 // The same, ordered, where ids are the groups' own numbers: group g is ids == g, empty where no item has it.
 SortedKeys sort_numbers(const int64_t* ids, int64_t n, int64_t groups);
 
