@@ -86,8 +86,9 @@ void cpu::group_advantages(const GroupTask& t, void*, void*) {
   const auto each_sorted_row = [&](const int64_t* strata, bool blend) {
     GroupRow row = first;
     row.blend = blend;
-    const SortedKeys keys = t.out ? sort_keys(t.groups.ids, strata, n, !is_plain(row) || n >= kManyItems, sizeof(GroupMap))
-                                  : sort_numbers(t.groups.ids, n, t.groups.groups);
+    const SortedKeys keys =
+        t.out ? sort_keys(t.groups.ids, strata, n, !is_plain(row) || n >= kManyItems, sizeof(GroupMap))
+              : sort_numbers(t.groups.ids, n, t.groups.groups);
     row.offsets = keys.offsets, row.groups = keys.groups;
     row.order = keys.order, row.long_order = keys.long_order;
     each_row(row, keys);

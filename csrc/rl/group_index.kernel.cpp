@@ -1,6 +1,7 @@
 // What group_index reads of all keys before it knows how they lie.
-#include "common/simd.h"
 #include "rl/group_index.h"
+
+#include "common/simd.h"
 
 namespace gradops::GRADOPS_ISA {
 namespace {
