@@ -34,7 +34,13 @@ void run_numbered(const GroupRow& row, const SortedKeys& keys) {
     U* to = static_cast<U*>(row.out);
     const int32_t* number = keys.number;
     int32_t* places = keys.places;
-    for (int64_t i = 0; i < n; ++i) to[places[number[i]]++] = from[i];
+    constexpr int64_t kAhead = 64, kCached = 1 << 18;
+    int64_t i = 0;
+    for (; n > kCached && i < n - kAhead; ++i) {
+      __builtin_prefetch(to + places[number[i + kAhead]], 1);
+      to[places[number[i]]++] = from[i];
+    }
+    for (; i < n; ++i) to[places[number[i]]++] = from[i];
   };
   if (row.items.element == Element::f32)
     place(uint32_t());
