@@ -92,7 +92,7 @@ void number_keys(const int64_t* a, const int64_t* b, int64_t n, bool ordered, in
   const auto range = GRADOPS_DISPATCH(key_range);
   const KeyRange ra = range(a, n), rb = b ? range(b, n) : KeyRange{};
   const uint64_t wa = width(ra), wb = b ? width(rb) : 1;
-  const bool direct = fits(wa, n) && fits(wb, n) && fits(wa * wb, n);
+  const bool direct = fits(wa, n) && fits(wb, n) && fits(wa * wb, n / 4);  // every place is a group
   const int64_t most = direct ? int64_t(wa * wb) : n;
   I *table = nullptr, *first = nullptr;
   const auto cut = [&](Cutter c) {
