@@ -8,6 +8,7 @@
 
 namespace gradops {
 namespace {
+using cpu::SortedKeys;
 
 int64_t out_size(Element e) { return e == Element::f64 ? 8 : 4; }
 
@@ -19,37 +20,36 @@ void run(const GroupRow& row) {
   parallel_for(0, row.groups, grain, [&](int64_t begin, int64_t end) { kernel(row, begin, end); });
 }
 
-// Rewards, advantages and flags in the groups' order.
-int64_t gathered_bytes(const GroupTask& t) { return t.items.items * (element_size(t.items.element) + 4 + 1); }
-
-// The rewards put in order first, and the advantages put back, for the faster kernel. False where it cannot be used.
-bool run_gathered(const GroupRow& row, void* memory) {
-  GroupRow ordered = row;
-  ordered.order = nullptr;
-  if (!row.order || !is_plain(ordered)) return false;
-  const int64_t n = row.items.items, size = element_size(row.items.element);
-  const int32_t* order = row.order;
-  char* x = static_cast<char*>(memory);
-  float *adv = reinterpret_cast<float*>(x + (n * size + 3) / 4 * 4), *out = static_cast<float*>(row.out);
-  bool *flags = reinterpret_cast<bool*>(adv + n), *degenerate = row.degenerate;
-  ordered.items.x = x, ordered.out = adv, ordered.degenerate = flags;
-  const auto gather = [&](auto zero) {
+// Items in no order, of what is_plain: the rewards are put side by side by group (in what is to hold the advantages,
+// where the cache has room for them), for what maps each group's rewards to advantages; these are then made in order.
+void run_numbered(const GroupRow& row, const SortedKeys& keys) {
+  const int64_t n = row.items.items;
+  GroupRow grouped = row;
+  grouped.maps = reinterpret_cast<GroupMap*>(keys.spare);
+  grouped.items.x = row.out;
+  for (int64_t g = 0; g < row.groups; ++g) keys.places[g] = int32_t(row.offsets[g]);
+  const auto place = [&](auto zero) {
     using U = decltype(zero);
     const U* from = static_cast<const U*>(row.items.x);
-    U* to = reinterpret_cast<U*>(x);
-    parallel_for(0, n, 16384, [=](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) to[p] = from[order[p]];
-    });
+    U* to = static_cast<U*>(row.out);
+    const int32_t* number = keys.number;
+    int32_t* places = keys.places;
+    constexpr int64_t kAhead = 64, kCached = 1 << 18;
+    int64_t i = 0;
+    for (; n > kCached && i < n - kAhead; ++i) {
+      __builtin_prefetch(to + places[number[i + kAhead]], 1);
+      to[places[number[i]]++] = from[i];
+    }
+    for (; i < n; ++i) to[places[number[i]]++] = from[i];
   };
-  if (size == 4)
-    gather(uint32_t());
+  if (row.items.element == Element::f32)
+    place(uint32_t());
   else
-    gather(uint16_t());
-  run(ordered);
-  parallel_for(0, n, 16384, [=](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) out[order[p]] = adv[p], degenerate[order[p]] = flags[p];
-  });
-  return true;
+    place(uint16_t());
+  run(grouped);
+  grouped.items.x = row.items.x;
+  const auto kernel = GRADOPS_DISPATCH(group_items);
+  parallel_for(0, n, 8192, [&](int64_t begin, int64_t end) { kernel(grouped, keys.number, begin, end); });
 }
 
 double spread_of_all(GroupRow row) {
@@ -64,9 +64,7 @@ double spread_of_all(GroupRow row) {
 
 }  // namespace
 
-int64_t cpu::group_advantages_workspace(const GroupTask& t) { return t.groups.ids ? gathered_bytes(t) + 4 : 0; }
-
-void cpu::group_advantages(const GroupTask& t, void* workspace, void*) {
+void cpu::group_advantages(const GroupTask& t, void*, void*) {
   const int64_t n = t.items.items;
   if (t.groups.offsets) {
     const int64_t *o = t.groups.offsets, g = t.groups.groups;
@@ -75,7 +73,7 @@ void cpu::group_advantages(const GroupTask& t, void* workspace, void*) {
     if (!good) throw std::runtime_error("offsets must start at 0, not decrease and end at the number of rewards");
   }
   GroupRow first{t.items, t.rule, t.groups.offsets, t.groups.groups, t.groups.group_size};
-  const auto each_row = [&](GroupRow row) {
+  const auto each_row = [&](GroupRow row, const SortedKeys& keys) {
     for (int64_t b = 0; b < t.items.batch; ++b) {
       row.items.x = static_cast<const char*>(t.items.x) + b * n * element_size(t.items.element);
       if (t.out) {
@@ -85,30 +83,31 @@ void cpu::group_advantages(const GroupTask& t, void* workspace, void*) {
       } else {
         row.stats = t.stats + b * 5 * t.groups.groups;
       }
-      if (!run_gathered(row, workspace)) run(row);
+      if (keys.number && !keys.order)
+        run_numbered(row, keys);
+      else
+        run(row);
     }
   };
-  const auto sorted = [&](const int64_t* strata) {
+  const auto each_sorted_row = [&](const int64_t* strata, bool blend) {
     GroupRow row = first;
-    const SortedKeys keys = t.out ? sort_keys(t.groups.ids, strata, n) : sort_numbers(t.groups.ids, n, t.groups.groups);
+    row.blend = blend;
+    const SortedKeys keys =
+        t.out ? sort_keys(t.groups.ids, strata, n, !is_plain(row) || n >= kManyItems, sizeof(GroupMap))
+              : sort_numbers(t.groups.ids, n, t.groups.groups);
     row.offsets = keys.offsets, row.groups = keys.groups;
     row.order = keys.order, row.long_order = keys.long_order;
-    return row;
+    each_row(row, keys);
   };
   if (n == 0 && t.out) return;
-  if (!t.groups.ids) return each_row(first);
+  if (!t.groups.ids) return each_row(first, {});
   if (!t.out)
     for (int64_t i = 0; i < n; ++i)
       if (t.groups.ids[i] < 0 || t.groups.ids[i] >= t.groups.groups)
         throw std::runtime_error("ids must be at least 0 and less than num_groups");
-  if (t.groups.strata && t.rule.blend) {
-    each_row(sorted(nullptr));
-    GroupRow row = sorted(t.groups.strata);
-    row.blend = true;
-    each_row(row);
-  } else {
-    each_row(sorted(t.groups.strata));
-  }
+  const bool blend = t.groups.strata && t.rule.blend;
+  if (blend) each_sorted_row(nullptr, false);
+  each_sorted_row(t.groups.strata, blend);
 }
 
 }  // namespace gradops

@@ -15,6 +15,13 @@ struct GroupTask {
   bool* degenerate;  // [batch, items], with out
 };
 
+// The advantage of a group's item is (value - low + shift) * gain.
+struct GroupMap {
+  double shift, gain;
+  float low;
+  int32_t degenerate;
+};
+
 // Groups [begin, end) of one row. The item at position p is order[p], or p itself.
 struct GroupRow {
   GroupItems items;
@@ -27,21 +34,24 @@ struct GroupRow {
   void* out;
   bool* degenerate;
   double* stats;
-  bool blend;  // with what `out` holds
+  bool blend;      // with what `out` holds
+  GroupMap* maps;  // [groups], or null: instead of advantages, of what is_plain
 };
 GRADOPS_DECLARE(void, group_rows, const GroupRow&, int64_t begin, int64_t end)
 // The same, for what is_plain.
 GRADOPS_DECLARE(void, group_rows_plain, const GroupRow&, int64_t begin, int64_t end)
+// Advantages of items [begin, end): item i is in group number[i].
+GRADOPS_DECLARE(void, group_items, const GroupRow&, const int32_t* number, int64_t begin, int64_t end)
 inline bool is_plain(const GroupRow& t) {
   const GroupItems& i = t.items;
-  return t.out && !t.order && !t.long_order && !t.blend && !i.valid && !i.weights && !t.rule.skip_nan &&
+  return !t.stats && !t.order && !t.long_order && !t.blend && !i.valid && !i.weights && !t.rule.skip_nan &&
          i.element != Element::f64 && t.rule.scale != Spread::loo && t.rule.baseline != Baseline::opo &&
          t.rule.baseline != Baseline::max2;
 }
 
 namespace cpu {
-void group_advantages(const GroupTask&, void* workspace, void* = nullptr);
-int64_t group_advantages_workspace(const GroupTask&);  // bytes
+void group_advantages(const GroupTask&, void* workspace = nullptr, void* = nullptr);
+inline int64_t group_advantages_workspace(const GroupTask&) { return 0; }  // bytes
 }  // namespace cpu
 namespace cuda {
 void group_advantages(const GroupTask&, void* workspace, void* stream);

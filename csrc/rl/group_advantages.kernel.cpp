@@ -240,6 +240,10 @@ void solve(Work& k, Buffer& b) {
   if (!t.out) return write_stats(k, s);
   const GroupAffine<Lanes> a = affine_of(s, t.rule, t.batch_spread, t.items.weights != nullptr);
   const Mask single = is_single(s, t.rule), same = is_degenerate(s);
+  if (t.maps) {  // one group
+    t.maps[k.first] = {a.shift[0], a.gain[0], float(s.low[0]), same.m[0] != 0};
+    return;
+  }
   each_block(k, b, [&](int64_t rows, int64_t row) {
     apply(k, b, rows, s, a, single);
     if (t.rule.scale == Spread::loo) apply_gain_without(k, b, row, rows, s);
@@ -264,6 +268,10 @@ void group_rows(const GroupRow& t, int64_t begin, int64_t end) {
   for (int64_t g = begin; g < end;) {
     Work k{t, g, 0, {}, {}, 0, masked};
     int64_t first = start(g);
+    if (t.out && start(g + 1) == first) {  // there may be many
+      ++g;
+      continue;
+    }
     for (; k.lanes < W && g < end; ++g, ++k.lanes) {
       const int64_t next = start(g + 1), n = next - first;
       if (n > kSide) break;

@@ -97,8 +97,9 @@ std::tuple<Tensor, Tensor> group_advantages(const Tensor& rewards_in, const Mayb
   t.out = out.mutable_data_ptr();
   t.degenerate = static_cast<bool*>(degenerate.mutable_data_ptr());
   if (rewards.numel() == 0) return {out, degenerate};
-  const Workspace memory(rewards, backend::group_advantages_workspace(t));
-  backend::group_advantages(t, memory.data(), scope.stream());
+  std::optional<Workspace> memory;  // an empty one would cost a microsecond
+  if (const int64_t bytes = backend::group_advantages_workspace(t)) memory.emplace(rewards, bytes);
+  backend::group_advantages(t, memory ? memory->data() : nullptr, scope.stream());
   return {out, degenerate};
 }
 

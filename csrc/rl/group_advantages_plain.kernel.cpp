@@ -22,7 +22,11 @@ template <class T>
 [[gnu::always_inline]] inline Lanes load(const float* x) {
   Half h;
   __builtin_memcpy(&h, x, sizeof h);
+#if defined(__AVX512F__)  // gcc 12 makes two halves of the conversion
+  return __builtin_ia32_cvtps2pd512_mask(h, Vec<double>{}, 0xff, 4);
+#else
   return __builtin_convertvector(h, Vec<double>);
+#endif
 }
 [[gnu::always_inline]] inline void store(float* y, Lanes v) {
   const Half h = __builtin_convertvector(v.v, Half);
@@ -75,55 +79,35 @@ template <class T>
   }
 }
 
-// The last, partial vector of a group, in pieces of 4, 2 and 1: groups come sorted by size, so branches are foreseen.
-[[gnu::always_inline]] inline void store_part(float* out, bool* degenerate, int64_t n, Lanes v, uint64_t flags) {
-  float part[W];
-  store(part, v);
-  int64_t at = 0;
-  const auto piece = [&](auto size) {
-    if (!(n & size())) return;
-    __builtin_memcpy(out + at, part + at, size() * sizeof(float));
-    __builtin_memcpy(degenerate + at, &flags, size());
-    at += size();
-  };
-  if constexpr (W > 4) piece(std::integral_constant<int64_t, 4>());
-  if constexpr (W > 2) piece(std::integral_constant<int64_t, 2>());
-  piece(std::integral_constant<int64_t, 1>());
-}
-
-[[gnu::always_inline]] inline void store_rows(const Pack& p, const GroupAffine<Lanes>& a, Mask same, float* out,
-                                              bool* degenerate) {
-  uint64_t flags[W];
-  for (int k = 0; k < W; ++k) flags[k] = same.m[k] ? 0x0101010101010101u : 0;
-  for (int64_t j = 0; j < p.longest; j += W) {
-    Vec<double> r[W];
-#pragma GCC unroll 8
-    for (int k = 0; k < W; ++k) r[k] = ((Lanes(vec_at(p.x + (j + k) * W)) + a.shift) * a.gain + 0.).v;
-    transpose<double>(r);
-    if (j + W <= p.shortest) {
-#pragma GCC unroll 8
-      for (int k = 0; k < W; ++k) {
-        store(out + p.first[k] + j, r[k]);
-        __builtin_memcpy(degenerate + p.first[k] + j, &flags[k], W);
-      }
-      continue;
-    }
-    alignas(kVectorBytes) double rows[W][W];
-#pragma GCC unroll 8
-    for (int k = 0; k < W; ++k) vec_at(rows[k]) = r[k];
-    for (int k = 0; k < W; ++k) {
-      const int64_t rest = p.size[k] - j, at = p.first[k] + j;
-      if (rest >= W) {
-        store(out + at, vec_at(rows[k]));
-        __builtin_memcpy(degenerate + at, &flags[k], W);
-      } else if (rest > 0) {
-        store_part(out + at, degenerate + at, rest, vec_at(rows[k]), flags[k]);
-      }
-    }
+template <class T>
+[[gnu::always_inline]] inline void map_items(const GroupRow& t, const GroupMap& m, int64_t i, int64_t end) {
+  const T* x = static_cast<const T*>(t.items.x);
+  float* out = static_cast<float*>(t.out);
+  for (; i < end; ++i) {
+    out[i] = float((double(widen(x[i])) - double(m.low) + m.shift) * m.gain + 0.);  // + 0: no negative zeros
+    t.degenerate[i] = m.degenerate != 0;
   }
 }
+// Whole vectors, which may reach into the groups that come next, up to `last`.
+template <class T>
+[[gnu::always_inline]] inline void map_group(const GroupRow& t, const GroupMap& m, int64_t i, int64_t end,
+                                             int64_t last) {
+  const T* x = static_cast<const T*>(t.items.x);
+  const Lanes low = double(m.low), shift = m.shift, gain = m.gain;
+  const uint64_t flags = m.degenerate ? 0x0101010101010101u : 0;
+  for (; i < end && i + W <= last; i += W) {
+    store(static_cast<float*>(t.out) + i, (load(x + i) - low + shift) * gain + 0.);
+    __builtin_memcpy(t.degenerate + i, &flags, W);
+  }
+  map_items<T>(t, m, i, end);
+}
 
-void solve(const GroupRow& t, Pack& p) {
+constexpr int kSorted = 512;  // groups sorted by size at a time
+struct Solved {               // of groups in the order of packs
+  alignas(kVectorBytes) double count[kSorted], low[kSorted], high[kSorted], mean[kSorted], m2[kSorted];
+};
+
+void measure(Pack& p, Solved& s, int at) {
   const Lanes count = vec_at(p.count);
   Lanes low[2] = {kInf, kInf}, high[2] = {-kInf, -kInf};
   each_row(p, [&](int64_t j, int h, auto keep) {
@@ -144,19 +128,31 @@ void solve(const GroupRow& t, Pack& p) {
     const Lanes d = keep(Lanes(vec_at(p.x + j * W)) - mean, 0.);
     m2[h] = m2[h] + rounded_alone(d * d, fine);
   });
-  const GroupSums<Lanes> s{count, count, low[0], high[0], 1., mean, m2[0] + m2[1], 0., 0.};
-  store_rows(p, affine_of(s, t.rule, t.batch_spread, false), is_degenerate(s), static_cast<float*>(t.out),
-             t.degenerate);
+  vec_at(s.count + at) = count.v, vec_at(s.low + at) = low[0].v, vec_at(s.high + at) = high[0].v;
+  vec_at(s.mean + at) = mean.v, vec_at(s.m2 + at) = (m2[0] + m2[1]).v;
+}
+
+// All divisions and roots together, so that none waits for another. Makes mean, m2, count the shift, gain, degenerate.
+void solve(const GroupRow& t, Solved& s, int used) {
+  for (int i = 0; i < used; i += W) {
+    const Lanes count = vec_at(s.count + i), low = vec_at(s.low + i), high = vec_at(s.high + i);
+    const GroupSums<Lanes> sums{count, count, low, high, 1., vec_at(s.mean + i), vec_at(s.m2 + i), 0., 0.};
+    const GroupAffine<Lanes> a = affine_of(sums, t.rule, t.batch_spread, false);
+    vec_at(s.mean + i) = a.shift.v, vec_at(s.m2 + i) = a.gain.v;
+    vec_at(s.count + i) = select(is_degenerate(sums), 1., 0.).v;
+  }
 }
 
 template <class T>
 void run(const GroupRow& t, int64_t begin, int64_t end) {
-  constexpr int kSorted = 1024;  // groups sorted by size at a time
   const auto start = [&](int64_t g) { return t.offsets ? t.offsets[g] : g * t.group_size; };
+  const int64_t last = start(end);
   Pack p;
+  Solved s;
   for (int64_t g0 = begin; g0 < end; g0 += kSorted) {
     const int groups = int(end - g0 < kSorted ? end - g0 : kSorted);
     int64_t first[kSorted + 1];
+    GroupMap here[kSorted], *maps = t.maps ? t.maps + g0 : here;
     const int64_t after = g0 + groups, then = after + kSorted < end ? after + kSorted : end;
     for (int64_t i = start(after), next = start(then); i < next; i += 64 / sizeof(T))  // sorted, they come in no order
       __builtin_prefetch(static_cast<const T*>(t.items.x) + i), __builtin_prefetch(static_cast<float*>(t.out) + i, 1);
@@ -164,10 +160,10 @@ void run(const GroupRow& t, int64_t begin, int64_t end) {
     for (int k = 0; k <= groups; ++k) first[k] = start(g0 + k);
     const auto size = [&](int k) { return first[k + 1] - first[k]; };
     for (int k = 0; k < groups; ++k) {
-      if (size(k) > kLargest)
-        group_rows(t, g0 + k, g0 + k + 1);
-      else
+      if (size(k) <= kLargest)
         ++place[size(k) + 1];
+      else if (t.maps)
+        group_rows(t, g0 + k, g0 + k + 1);
     }
     place[1] = 0;  // empty groups are left out
     for (int n = 2; n <= kLargest + 1; ++n) place[n] += place[n - 1];
@@ -184,7 +180,15 @@ void run(const GroupRow& t, int64_t begin, int64_t end) {
       p.shortest = next + W <= used ? p.size[0] : 0;
       p.longest = p.size[next + W <= used ? W - 1 : used - next - 1];
       load_rows(static_cast<const T*>(t.items.x), t.items.items, p);
-      solve(t, p);
+      measure(p, s, next);
+    }
+    solve(t, s, used);
+    for (int i = 0; i < used; ++i) maps[order[i]] = {s.mean[i], s.m2[i], float(s.low[i]), int32_t(s.count[i])};
+    for (int k = 0; k < groups && !t.maps; ++k) {
+      if (size(k) > kLargest)
+        group_rows(t, g0 + k, g0 + k + 1);
+      else
+        map_group<T>(t, maps[k], first[k], first[k + 1], last);
     }
   }
 }
@@ -194,6 +198,12 @@ void run(const GroupRow& t, int64_t begin, int64_t end) {
 void group_rows_plain(const GroupRow& t, int64_t begin, int64_t end) {
   with_type(t.items.element, [&](auto zero) {
     if constexpr (sizeof(zero) < 8) run<decltype(zero)>(t, begin, end);
+  });
+}
+
+void group_items(const GroupRow& t, const int32_t* number, int64_t begin, int64_t end) {
+  with_type(t.items.element, [&](auto zero) {
+    for (int64_t i = begin; i < end; ++i) map_items<decltype(zero)>(t, t.maps[number[i]], i, i + 1);
   });
 }
 

@@ -7,13 +7,7 @@
 namespace gradops {
 namespace {
 
-struct Range {
-  int64_t low = INT64_MAX, high = INT64_MIN;
-  Range(const int64_t* a, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) low = a[i] < low ? a[i] : low, high = a[i] > high ? a[i] : high;
-  }
-  uint64_t width() const { return uint64_t(high) - uint64_t(low) + 1; }  // 0 for all of int64
-};
+uint64_t width(KeyRange r) { return uint64_t(r.high) - uint64_t(r.low) + 1; }  // 0 for all of int64
 
 // Keys close together index a table; others are hashed.
 bool fits(uint64_t width, int64_t n) { return width != 0 && width <= uint64_t(4 * n + 1024); }
@@ -54,20 +48,24 @@ int64_t number_by_hash(const int64_t* a, const int64_t* b, int64_t n, I* table, 
   return groups;
 }
 
-// Counting sort. key(i) in [0, width); counts: [width], zeroed here. Returns the number of keys that occur.
-template <class I, class Key>
-int64_t sort_by(const Key& key, int64_t n, int64_t width, I* counts, int64_t* offsets, bool drop_empty, I* order) {
-  std::memset(counts, 0, size_t(width) * sizeof(I));
-  for (int64_t i = 0; i < n; ++i) ++counts[key(i)];
-  int64_t groups = 0, at = 0;
-  for (int64_t k = 0; k < width; ++k) {
-    const int64_t count = counts[k];
-    counts[k] = I(at);
-    offsets[groups] = at, at += count, groups += count > 0 || !drop_empty;
+// offsets: [groups + 1], the sums of counts before each; counts become the same.
+template <class I>
+void sum_up(int64_t groups, I* counts, int64_t* offsets) {
+  int64_t at = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t count = counts[g];
+    counts[g] = I(at), offsets[g] = at, at += count;
   }
   offsets[groups] = at;
-  for (int64_t i = 0; i < n; ++i) order[counts[key(i)]++] = I(i);
-  return groups;
+}
+
+// Counting sort. number[i] in [0, groups); places: [groups] is memory.
+template <class N, class I>
+void sort_by(const N* number, int64_t n, int64_t groups, I* places, int64_t* offsets, I* order) {
+  std::memset(places, 0, size_t(groups) * sizeof(I));
+  for (int64_t i = 0; i < n; ++i) ++places[number[i]];
+  sum_up(groups, places, offsets);
+  for (int64_t i = 0; i < n; ++i) order[places[number[i]]++] = I(i);
 }
 
 // Cuts the thread's memory into arrays; made twice, first without memory to know how much.
@@ -87,53 +85,49 @@ class Cutter {
   int64_t bytes_ = 0;
 };
 
-// Offsets of runs of equal labels, where labels never decrease; else -1.
-int64_t runs(const int64_t* a, int64_t n, int64_t* offsets) {
-  int64_t groups = n > 0;
-  offsets[0] = 0;
-  for (int64_t i = 1; i < n; ++i) {
-    if (a[i] < a[i - 1]) return -1;
-    offsets[groups] = i;  // stays where a run begins: no branch to guess wrong
-    groups += a[i] != a[i - 1];
-  }
-  offsets[groups] = n;
-  return groups;
-}
-
+// Fills s but for what its type decides: the numbers, the groups' places, and, if ordered, the order.
 template <class I>
-int64_t sort_keys(const int64_t* a, const int64_t* b, int64_t n, int64_t*& offsets, I*& order) {
-  const Range ra(a, n), rb(b ? b : a, b ? n : 0);
-  const uint64_t wa = ra.width(), wb = b ? rb.width() : 1;
-  const bool direct = fits(wa, n) && fits(wb, n) && fits(wa * wb, n);
-  const int64_t width = direct ? int64_t(wa * wb) : n;
-  I *counts, *table = nullptr, *first = nullptr, *ids = nullptr;
+void number_keys(const int64_t* a, const int64_t* b, int64_t n, bool ordered, int64_t spare, cpu::SortedKeys& s,
+                 I*& number, I*& places, I*& order) {
+  const auto range = GRADOPS_DISPATCH(key_range);
+  const KeyRange ra = range(a, n), rb = b ? range(b, n) : KeyRange{};
+  const uint64_t wa = width(ra), wb = b ? width(rb) : 1;
+  const bool direct = fits(wa, n) && fits(wb, n) && fits(wa * wb, n / 4);  // every place is a group
+  const int64_t most = direct ? int64_t(wa * wb) : n;
+  I *table = nullptr, *first = nullptr;
   const auto cut = [&](Cutter c) {
-    offsets = c.take<int64_t>((direct ? width : n) + 1);
-    order = c.take<I>(n);
-    counts = c.take<I>(width);
-    if (!direct) table = c.take<I>(table_size(n)), first = c.take<I>(n), ids = c.take<I>(n);
+    s.offsets = c.take<int64_t>(most + 1);
+    number = c.take<I>(n), places = c.take<I>(most);
+    if (ordered) order = c.take<I>(n);
+    if (!direct) table = c.take<I>(table_size(n)), first = c.take<I>(n);
+    s.spare = c.take<char>(spare * most);
     return c.bytes();
   };
   cut(Cutter(thread_scratch(cut(Cutter()))));
+  s.groups = most;
+  const int64_t low = ra.low, columns = int64_t(wb), low_b = rb.low;
   if (!direct) {
-    const int64_t groups = number_by_hash(a, b, n, table, first, ids);
-    return sort_by([=](int64_t i) { return ids[i]; }, n, groups, counts, offsets, true, order);
+    s.groups = number_by_hash(a, b, n, table, first, number);
+  } else if (!b) {
+    for (int64_t i = 0; i < n; ++i) number[i] = I(a[i] - low);
+  } else {
+    for (int64_t i = 0; i < n; ++i) number[i] = I((a[i] - low) * columns + (b[i] - low_b));
   }
-  if (!b) return sort_by([=](int64_t i) { return a[i] - ra.low; }, n, width, counts, offsets, true, order);
-  const int64_t columns = int64_t(wb);
-  return sort_by([=](int64_t i) { return (a[i] - ra.low) * columns + (b[i] - rb.low); }, n, width, counts, offsets,
-                 true, order);
+  if (ordered) return sort_by(number, n, s.groups, places, s.offsets, order);
+  std::memset(places, 0, size_t(s.groups) * sizeof(I));
+  for (int64_t i = 0; i < n; ++i) ++places[number[i]];
+  sum_up(s.groups, places, s.offsets);
 }
 
 }  // namespace
 
 int64_t cpu::group_ids(const int64_t* labels, int64_t n, int64_t* ids) {
   if (n == 0) return 0;
-  const Range range(labels, n);
-  if (fits(range.width(), n)) {
-    const int64_t width = int64_t(range.width());
-    int64_t* table = reinterpret_cast<int64_t*>(thread_scratch(8 * width));
-    std::memset(table, 0xff, size_t(width) * 8);
+  const KeyRange range = GRADOPS_DISPATCH(key_range)(labels, n);
+  if (fits(width(range), n)) {
+    const int64_t bytes = 8 * int64_t(width(range));
+    int64_t* table = reinterpret_cast<int64_t*>(thread_scratch(bytes));
+    std::memset(table, 0xff, size_t(bytes));
     int64_t groups = 0;
     for (int64_t i = 0; i < n; ++i) {
       int64_t& id = table[labels[i] - range.low];
@@ -152,32 +146,32 @@ int64_t cpu::group_ids(const int64_t* labels, int64_t n, int64_t* ids) {
 }
 
 void cpu::group_order(const int64_t* ids, int64_t n, int64_t groups, int64_t* order, int64_t* offsets) {
-  int64_t* counts = reinterpret_cast<int64_t*>(thread_scratch(8 * groups));
-  sort_by([=](int64_t i) { return ids[i]; }, n, groups, counts, offsets, false, order);
+  sort_by(ids, n, groups, reinterpret_cast<int64_t*>(thread_scratch(8 * groups)), offsets, order);
 }
 
-cpu::SortedKeys cpu::sort_keys(const int64_t* ids, const int64_t* strata, int64_t n) {
+cpu::SortedKeys cpu::sort_keys(const int64_t* ids, const int64_t* strata, int64_t n, bool ordered, int64_t spare) {
   SortedKeys s{};
   if (!strata) {
-    s.offsets = reinterpret_cast<int64_t*>(thread_scratch(8 * (n + 1)));
-    if ((s.groups = runs(ids, n, s.offsets)) >= 0) return s;
+    s.offsets = reinterpret_cast<int64_t*>(thread_scratch(8 * (n + 8)));
+    if ((s.groups = GRADOPS_DISPATCH(key_runs)(ids, n, s.offsets)) >= 0) return s;
   }
-  if (n < INT32_MAX / 8)
-    s.groups = gradops::sort_keys(ids, strata, n, s.offsets, s.order);
+  int64_t *number, *places;
+  if (n < kManyItems)
+    number_keys(ids, strata, n, ordered, spare, s, s.number, s.places, s.order);
   else
-    s.groups = gradops::sort_keys(ids, strata, n, s.offsets, s.long_order);
+    number_keys(ids, strata, n, ordered, spare, s, number, places, s.long_order);
   return s;
 }
 
 cpu::SortedKeys cpu::sort_numbers(const int64_t* ids, int64_t n, int64_t groups) {
   SortedKeys s{groups};
-  int64_t* counts;
+  int64_t* places;
   const auto cut = [&](Cutter c) {
-    s.offsets = c.take<int64_t>(groups + 1), s.long_order = c.take<int64_t>(n), counts = c.take<int64_t>(groups);
+    s.offsets = c.take<int64_t>(groups + 1), s.long_order = c.take<int64_t>(n), places = c.take<int64_t>(groups);
     return c.bytes();
   };
   cut(Cutter(thread_scratch(cut(Cutter()))));
-  sort_by([=](int64_t i) { return ids[i]; }, n, groups, counts, s.offsets, false, s.long_order);
+  sort_by(ids, n, groups, places, s.offsets, s.long_order);
   return s;
 }
 
