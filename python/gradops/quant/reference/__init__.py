@@ -1,0 +1,1 @@
+"""Plain PyTorch twins of this family's functions: slow, any dtype, the yardstick of every test."""
