@@ -3,7 +3,7 @@
 #include <math.h>
 
 #include "common/element.h"
-#include "linalg/bf16_blocks.h"
+#include "common/bf16_blocks.h"
 
 namespace gradops {
 namespace {
