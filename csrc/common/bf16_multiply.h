@@ -28,7 +28,7 @@ struct Spread {
   }
 };
 
-constexpr long kPanelsBeyondL2 = 8;  // of the right operand, for one pass over the left one
+constexpr long kPanelsBeyondL2 = 8;     // of the right operand, for one pass over the left one
 constexpr long kTermsPerAddition = 32;  // products that are summed before they are added to the sums so far
 
 // Tiles 0 .. 3 are the result (upper even, upper odd, lower even, lower odd), 4 and 5 the left

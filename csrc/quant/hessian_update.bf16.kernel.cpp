@@ -5,10 +5,11 @@
 // visited once per chunk. The left operand, R form of X^T, is made from it for a group of kGroup blocks
 // of features, in the scratch memory of the thread, and stays in L2 while right panels pass by. What
 // becomes of a finished block's sums runs during the products of the next one.
+#include "quant/hessian_update.h"
+
 #include "common/bf16_multiply.h"
 #include "common/element.h"
 #include "quant/hessian_mirror.h"
-#include "quant/hessian_update.h"
 
 namespace gradops {
 namespace {
@@ -20,7 +21,7 @@ inline long least(long a, long b) { return a < b ? a : b; }
 template <int L, int R, class A>
 struct Layout {
   static constexpr bool kAlike = L == R;
-  static constexpr long kChunk = 2048 / L;                  // tokens
+  static constexpr long kChunk = 2048 / L;  // tokens
   // Blocks along the tokens that are summed in float, before they are added to the slices before.
   static constexpr long kSlice = sizeof(A) == 8 || kTermsPerAddition < 32 ? 8 : 32;
   long first, tokens, S, P;  // of the chunk: its tokens; blocks along features and along tokens
@@ -224,8 +225,8 @@ void multiply_blocks(const ProductTask& t, const Layout<L, R, A>& c, char* memor
       const long part = k / steps, p = k % steps * c.kSlice;
       const auto work = [before](long u) GRADOPS_INLINE { before(u); };
       multiply<R>(left_at(p, part), c.right_at(j) + p * R * kPart, least(c.kSlice, c.P - p), s.sums[now], units, work);
-      before = {s.sums[now],  s.total,       k == 0,        k + 1 == slices, h + 32 * (i * t.n + j), t.n,
-                t.n - 32 * i, t.n - 32 * j, beta, scale};
+      before = {s.sums[now],  s.total, k == 0, k + 1 == slices, h + 32 * (i * t.n + j), t.n, t.n - 32 * i,
+                t.n - 32 * j, beta,    scale};
       units = kPairs, now = 1 - now;
     }
   });
@@ -265,17 +266,17 @@ struct Engine {
 };
 
 template <class A>
-const ProductEngine& pick(const ProductTask& t) {
-  if (t.element == Element::f32) return Engine<2, 2, Element::f32, A>::engine;
-  if (t.element == Element::f16) return Engine<2, 2, Element::f16, A>::engine;
-  if (t.symmetric()) return Engine<1, 1, Element::bf16, A>::engine;
+const ProductEngine& pick(Element element, bool symmetric) {
+  if (element == Element::f32) return Engine<2, 2, Element::f32, A>::engine;
+  if (element == Element::f16) return Engine<2, 2, Element::f16, A>::engine;
+  if (symmetric) return Engine<1, 1, Element::bf16, A>::engine;
   return Engine<2, 1, Element::bf16, A>::engine;
 }
 
 }  // namespace
 
-const ProductEngine& GRADOPS_ISA::hessian_update_bf16(const ProductTask& t) {
-  return t.h_element == Element::f64 ? pick<double>(t) : pick<float>(t);
+const ProductEngine& GRADOPS_ISA::hessian_update_bf16(Element element, Element h_element, bool symmetric) {
+  return h_element == Element::f64 ? pick<double>(element, symmetric) : pick<float>(element, symmetric);
 }
 
 }  // namespace gradops

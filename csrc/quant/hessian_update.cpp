@@ -8,13 +8,14 @@
 namespace gradops {
 namespace {
 
-const ProductEngine& engine_for(const HessianTask& all, const ProductTask& t) {
-  using Pick = const ProductEngine& (*)(const ProductTask&);
+const ProductEngine& engine_for(const HessianTask& all) {
+  using Pick = const ProductEngine& (*)(Element, Element, bool);
   const Pick bf16 = GRADOPS_DISPATCH_BF16(hessian_update_bf16);
   // Two or three products of bf16 are faster than one of float with tiles, but not without them.
-  const bool worth = all.element == Element::bf16 && !all.x_q ? true : all.split && best_isa() >= Isa::amx;
-  if (bf16 && worth && all.element != Element::f64) return bf16(t);
-  return GRADOPS_DISPATCH(hessian_update_full)(t);
+  const bool one_product = all.element == Element::bf16 && !all.x_q;
+  const bool worth = one_product || (all.split && all.element != Element::f64 && best_isa() >= Isa::amx);
+  if (bf16 && worth) return bf16(all.element, all.h_element, !all.x_q);
+  return GRADOPS_DISPATCH(hessian_update_full)(all.element, all.h_element);
 }
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -47,6 +48,7 @@ int64_t cpu::hessian_update_workspace(const HessianTask& all) { return all.mask 
 void cpu::hessian_update(const HessianTask& all, void* workspace, void*) {
   for (int64_t i = 0; i < all.batch; ++i)
     if (all.n_seen[i] < 0) throw std::invalid_argument("n_seen must not be negative");
+  const ProductEngine& engine = engine_for(all);
   const auto task = [&](int64_t i) { return item_task(all, i, static_cast<int64_t*>(workspace) + i * all.tokens); };
   const auto empty = [](const ProductTask& t) { return t.tokens == 0 || t.n == 0; };
   if (num_threads() == 1 || all.batch >= 2 * num_threads()) {
@@ -54,7 +56,6 @@ void cpu::hessian_update(const HessianTask& all, void* workspace, void*) {
       for (int64_t i = begin; i < end; ++i) {
         const ProductTask t = task(i);
         if (empty(t)) continue;
-        const ProductEngine& engine = engine_for(all, t);
         const int64_t shared = round_up(engine.workspace_bytes(t), 4096);
         char* memory = thread_scratch(shared + engine.scratch_bytes(t));
         for (int phase = 0; phase < engine.phases(t); ++phase)
@@ -66,14 +67,12 @@ void cpu::hessian_update(const HessianTask& all, void* workspace, void*) {
   for (int64_t i = 0; i < all.batch; ++i) {
     const ProductTask t = task(i);
     if (empty(t)) continue;
-    const ProductEngine& engine = engine_for(all, t);
     // The caller's scratch comes first: asked again for less, thread_scratch gives the same memory.
     const int64_t own = round_up(engine.scratch_bytes(t), 4096);
     char* memory = thread_scratch(own + engine.workspace_bytes(t)) + own;
     for (int phase = 0; phase < engine.phases(t); ++phase)
-      parallel_for(0, engine.units(t, phase), 1, [&](int64_t begin, int64_t end) {
-        engine.run(t, memory, thread_scratch(own), phase, begin, end);
-      });
+      parallel_for(0, engine.units(t, phase), 1,
+                   [&](int64_t begin, int64_t end) { engine.run(t, memory, thread_scratch(own), phase, begin, end); });
   }
 }
 

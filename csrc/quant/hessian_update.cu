@@ -47,7 +47,10 @@ struct Item {
   int64_t n, tokens, seen;
   const int64_t* rows;
   __device__ Item(const int64_t* n_seen, const Counts& counts, int64_t item, int64_t n, int64_t all_tokens)
-      : n(n), tokens(counts.tokens[item]), seen(n_seen[item]), rows(counts.rows ? counts.rows + item * all_tokens : nullptr) {}
+      : n(n),
+        tokens(counts.tokens[item]),
+        seen(n_seen[item]),
+        rows(counts.rows ? counts.rows + item * all_tokens : nullptr) {}
   __device__ int64_t row(int64_t t) const { return rows ? rows[t] : t; }
   __device__ double beta(bool first) const { return first ? double(seen) / double(seen + tokens) : 1.; }
   __device__ double scale() const { return 2. / double(seen + tokens); }

@@ -14,11 +14,11 @@ struct HessianTask {  // a batch of items, each with its own H, X and count
   const void* x;      // batch x tokens x n
   const void* x_q;    // null: H; else D, and x is X_fp
   Element element;
-  const bool* mask;        // batch x tokens, or null: all
-  const int64_t* n_seen;   // tokens in H so far, per item
-  int64_t* n_new;          // and after the call
-  void* h;                 // batch x n x n; H: only the part on and below the diagonal is read
-  Element h_element;       // f32 or f64; f64 if `element` is
+  const bool* mask;       // batch x tokens, or null: all
+  const int64_t* n_seen;  // tokens in H so far, per item
+  int64_t* n_new;         // and after the call
+  void* h;                // batch x n x n; H: only the part on and below the diagonal is read
+  Element h_element;      // f32 or f64; f64 if `element` is
   int64_t batch, tokens, n;
   bool split;  // f32 and f16 may be multiplied as the sum of two bf16, where that is faster
 };
@@ -45,9 +45,9 @@ struct ProductEngine {
   void (*run)(const ProductTask&, char* workspace, char* scratch, int phase, int64_t begin, int64_t end);
 };
 // Sums of 256 tokens in float (f64 input: double), then in the type of h.
-GRADOPS_DECLARE(const ProductEngine&, hessian_update_full, const ProductTask&)
+GRADOPS_DECLARE(const ProductEngine&, hessian_update_full, Element element, Element h_element)
 // Products of bf16: one of bf16 input, three (two of D) of f32 and f16 input or of differences.
-GRADOPS_DECLARE_BF16(const ProductEngine&, hessian_update_bf16, const ProductTask&)
+GRADOPS_DECLARE_BF16(const ProductEngine&, hessian_update_bf16, Element element, Element h_element, bool symmetric)
 
 namespace cpu {
 void hessian_update(const HessianTask&, void* workspace, void* = nullptr);

@@ -10,9 +10,9 @@
 namespace gradops {
 namespace {
 
-constexpr int64_t kChunk = 2048;    // tokens
-constexpr int64_t kPackRows = 16;   // tokens packed by one unit
-constexpr int64_t kSide = 8;        // panels
+constexpr int64_t kChunk = 2048;   // tokens
+constexpr int64_t kPackRows = 16;  // tokens packed by one unit
+constexpr int64_t kSide = 8;       // panels
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
@@ -151,9 +151,9 @@ struct Engine {
 
 }  // namespace
 
-const ProductEngine& GRADOPS_ISA::hessian_update_full(const ProductTask& t) {
-  if (t.element == Element::f64) return Engine<double, double>::engine;
-  return t.h_element == Element::f64 ? Engine<float, double>::engine : Engine<float, float>::engine;
+const ProductEngine& GRADOPS_ISA::hessian_update_full(Element element, Element h_element) {
+  if (element == Element::f64) return Engine<double, double>::engine;
+  return h_element == Element::f64 ? Engine<float, double>::engine : Engine<float, float>::engine;
 }
 
 }  // namespace gradops

@@ -71,7 +71,8 @@ Tensor gptaq_cross_update_(const Tensor& D, const Tensor& X_fp, const Tensor& X_
 
 }  // namespace
 
-GRADOPS_OP(hessian_update_, "hessian_update_(Tensor(a!) H, Tensor X, Tensor n_seen, Tensor? mask, bool split) -> Tensor")
+GRADOPS_OP(hessian_update_,
+           "hessian_update_(Tensor(a!) H, Tensor X, Tensor n_seen, Tensor? mask, bool split) -> Tensor")
 GRADOPS_OP(gptaq_cross_update_,
            "gptaq_cross_update_(Tensor(a!) D, Tensor X_fp, Tensor X_q, Tensor n_seen, Tensor? mask, bool split) "
            "-> Tensor")

@@ -13,13 +13,12 @@ from gradops.quant import gptaq_cross_update_, hessian_update_, reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of |d| / sqrt(H_ii H_jj): sums of at most 1024 products in float32. "high" drops the product of the low parts.
 SINGLE, SPLIT = 1e-6, 2e-5
-LEVELS = ["v2", "v3", "v4", "v4_bf16", "amx", "amx_twin"]
 
 
 def gauss(*shape, dtype=torch.float32, seed=0):
     """Features of uneven size, as in activations."""
     g = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=g) * torch.randn(shape[-1], generator=g).exp()).to(dtype)
+    return (torch.randn(shape, generator=g, dtype=torch.float64) * torch.randn(shape[-1], generator=g).exp()).to(dtype)
 
 
 def start(batch, n, dtype=torch.float32):
@@ -42,13 +41,13 @@ def run(ops, h, x, n_seen, mask=None, x_q=None, split=False):
     return ops.gptaq_cross_update_(h, x, x_q, n_seen, mask, split)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", ["v4_bf16", "amx", "amx_twin"])
 def test_level(level):
     """The tests of this file that depend on the level, in a process that is forced to it."""
     if os.environ.get("GRADOPS_ISA"):
         pytest.skip("already forced")
     env = {**os.environ, "GRADOPS_ISA": level}
-    names = "cpu and (matches or masked or item_equals) or threads"
+    names = "cpu and (matches or masked) or long or threads"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", names, __file__]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if "not available on this machine" in done.stdout:
@@ -98,7 +97,8 @@ def test_cross_matches_float64(backend, dtype, split):
 @pytest.mark.parametrize("dtype, double", [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True)])
 def test_long_matches_float64(dtype, double):
     """More than one chunk of tokens, more than one square of features, more than one group of panels."""
-    x, x_q = gauss(1, 2100, 530, dtype=dtype), gauss(1, 2100, 530, dtype=dtype, seed=3)
+    x = gauss(1, 2100, 530, dtype=dtype)
+    x_q = x.flip(1)
     for split in (False, True):
         h = torch.zeros(1, 530, 530, dtype=torch.float64 if double else torch.float32)
         want = h.double().clone()

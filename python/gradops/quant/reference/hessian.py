@@ -1,4 +1,6 @@
 """hessian_update_, gptaq_cross_update_ and hessian_factor as one writes them down."""
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,9 @@ def _update(H: Tensor, left: Tensor, right: Tensor, n_seen: int | Tensor, mask: 
         which = mask.reshape(which.shape)
         left, right = left.where(which[..., None], 0), right.where(which[..., None], 0)
     n_new = n_seen + which.sum(-1)
-    some = n_new.clamp_min(1)[..., None, None]
-    H.mul_((n_new - which.sum(-1))[..., None, None] / some).add_(left.mT @ right * (2 / some))
+    some = n_new.clamp_min(1)[..., None, None].to(H.dtype)
+    kept = (some - which.sum(-1)[..., None, None]) / some
+    H.mul_(kept).add_(left.mT @ right * (2 / some))
     return n_new if mask is not None or isinstance(n_seen, Tensor) else n_seen + tokens
 
 
@@ -32,35 +35,32 @@ def hessian_factor(H: Tensor, *, damp_percent: float = 0.01, damp_auto_increment
                    factor_dtype: torch.dtype | None = None, inverse: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Three factorisations, item by item."""
     dtype = factor_dtype or H.dtype
-    n = H.shape[-1]
-    results = [_factor(h.to(dtype), damp_percent, damp_auto_increment, inverse) for h in H.reshape(-1, n, n)]
-    if not results:
-        results = [(H.new_empty(n, n, dtype=dtype), 0.0, 0)]
-    factors, damps, infos = zip(*results, strict=True)
-    count = H.shape[:-2].numel()
-    return (torch.stack(factors)[:count].reshape(H.shape), torch.tensor(damps[:count], dtype=torch.float64,
-            device=H.device).reshape(H.shape[:-2]),
-            torch.tensor(infos[:count], dtype=torch.int32, device=H.device).reshape(H.shape[:-2]))  # fmt: skip
+    factor = torch.empty_like(H, dtype=dtype, memory_format=torch.contiguous_format)
+    damp = H.new_empty(H.shape[:-2], dtype=torch.float64)
+    info = H.new_empty(H.shape[:-2], dtype=torch.int32)
+    for i in itertools.product(*map(range, H.shape[:-2])):
+        factor[i], damp[i], info[i] = _factor(H[i].to(dtype), damp_percent, damp_auto_increment, inverse)
+    return factor, damp, info
 
 
 def _factor(H: Tensor, damp: float, increment: float, inverse: bool) -> tuple[Tensor, float, int]:
-    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    identity, none = torch.eye(len(H), dtype=H.dtype, device=H.device), float("nan")
     if not bool(H.isfinite().all()):
-        return identity, float("nan"), -1
-    diagonal = H.diagonal()
-    dead = diagonal == 0
-    mean = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
-    info = 2 if bool(dead.all()) else 1 if bool(dead.any()) else 0
+        return identity, none, 2
+    dead = H.diagonal() == 0
+    if len(H) and bool(dead.all()):
+        return identity, none, 3
     H = H + torch.diag(dead.to(H.dtype))
     k = 0
-    while True:
+    while k == 0 or (increment > 0 and damp + k * increment <= 1):
         percent = damp + k * increment
-        damped = H + percent * mean * identity
+        damped = H + percent * H.diagonal().mean() * identity
         L, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
             if not inverse:  # the Cholesky factor of the matrix read backwards
-                return torch.linalg.cholesky(damped.flip(-1, -2)).flip(-1, -2), percent, info
-            return torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True), percent, info
+                factor = torch.linalg.cholesky(damped.flip(-1, -2)).flip(-1, -2)
+            else:
+                factor = torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)
+            return factor, percent, -int(dead.sum())
         k += 1
-        if increment <= 0 or damp + k * increment > 1:
-            return identity, float("nan"), -2
+    return identity, none, 1
