@@ -76,14 +76,15 @@ template <class T>
 struct TensorPlan {
   T* panels;
   __host__ __device__ explicit TensorPlan(SharedPlan& plan) : panels(plan.take<T>(4 * kDepth * kPitch)) {}
-  __device__ T* left(int half) const { return panels + half * 2 * kDepth * kPitch; }
-  __device__ T* right(int half) const { return left(half) + kDepth * kPitch; }
+  __device__ T* left(int64_t half) const { return panels + half * 2 * kDepth * kPitch; }
+  __device__ T* right(int64_t half) const { return left(half) + kDepth * kPitch; }
 };
 
 // kDepth tokens of kSquare features to shared memory, a row per token; zeros where there are none.
 template <class T>
 __device__ void fetch(T* to, const T* x, const Item& item, int64_t token, int64_t feature, bool aligned) {
   constexpr int kEach = 8, kRow = kSquare / kEach;
+#pragma unroll 1  // addresses of one copy at a time: registers
   for (int v = threadIdx.x; v < kDepth * kRow; v += kThreads) {
     const int k = v / kRow, f = v % kRow * kEach;
     T* target = to + k * kPitch + f;
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   int64_t bi, bj;
   square_at(blockIdx.x % squares, side, true, bi, bj);
   const int warp = threadIdx.x / 32, top = warp % 2 * 64, start = warp / 2 * 32;
-  const auto get = [&](int64_t k, int half) {
+  const auto get = [&](int64_t k, int64_t half) {
     fetch(plan.left(half), x, item, k, bi * kSquare, aligned);
     fetch(plan.right(half), x, item, k, bj * kSquare, aligned);
   };
@@ -121,12 +122,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     FragC sum[4][4] = {};
     __syncthreads();  // the panels of the last chunk have been used
     get(chunk, 0);
-    for (int64_t k = chunk; k < end; k += kDepth) {
-      const int half = int((k - chunk) / kDepth % 2);
+    for (int64_t k = chunk, half = 0; k < end; k += kDepth, half = 1 - half) {
       wait_async();
       __syncthreads();  // these panels are here; the other ones have been used
       if (k + kDepth < end) get(k + kDepth, 1 - half);
-#pragma unroll
+#pragma unroll 1
       for (int kk = 0; kk < kDepth; kk += 16) {
         FragB<T> b[2][2];
 #pragma unroll
@@ -144,12 +144,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int r = 0; r < 4; ++r)
 #pragma unroll
-      for (int c = 0; c < 4; ++c)
+      for (int c = 0; c < 4; ++c) {
+        __syncwarp();  // else all loads of h would come first, and need registers
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int64_t i = bi * kSquare + top + 16 * r + c_row(e), j = bj * kSquare + start + 8 * c + c_col(e);
           if (i < n && j < n) h[i * n + j] = beta * h[i * n + j] + scale * A(sum[r][c].r[e]);
         }
+      }
   }
 }
 
@@ -170,7 +172,7 @@ struct alignas(16) Four {
 };
 
 template <class In, class T, class A>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     core_product(const In* __restrict__ x_all, const In* __restrict__ x_q_all, A* __restrict__ h_all,
                  const int64_t* __restrict__ n_seen, Counts counts, int64_t n, int64_t all_tokens, int64_t side) {
   using Plan = CorePlan<T>;
@@ -188,12 +190,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   square_at(blockIdx.x % squares, side, symmetric, bi, bj);
   const int ty = threadIdx.x / 16 * 4, tx = threadIdx.x % 16 * 4;
 
+  // What this thread fetches: one feature of every kStep-th token.
+  constexpr int kStep = kThreads / kSide;
+  const int first = threadIdx.x / kSide;
+  const int64_t i = bi * kSide + threadIdx.x % kSide, j = bj * kSide + threadIdx.x % kSide;
   T next_left[kEach], next_right[kEach];
   const auto fetch_next = [&](int64_t token) {
 #pragma unroll
     for (int s = 0; s < kEach; ++s) {
-      const int e = threadIdx.x + s * kThreads;
-      const int64_t t = token + e / kSide, i = bi * kSide + e % kSide, j = bj * kSide + e % kSide;
+      const int64_t t = token + first + s * kStep;
       const bool row = t < item.tokens;
       const int64_t offset = row ? item.row(t) * n : 0;
       next_left[s] = row && i < n ? T(to_double(x[offset + i])) : T(0);
@@ -218,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       __syncthreads();  // the panels are here
       if (k + kDeep < end) fetch_next(k + kDeep);
-#pragma unroll 4
+#pragma unroll 2
       for (int kk = 0; kk < kDeep; ++kk) {
         Four<T> a[kRuns], b[kRuns];
 #pragma unroll
@@ -234,12 +239,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     const A beta = A(item.beta(chunk == 0)), scale = A(item.scale());
 #pragma unroll
-    for (int r = 0; r < 4 * kRuns; ++r)
+    for (int r = 0; r < 4 * kRuns; ++r) {
+      __syncwarp();  // else all loads of h would come first, and need registers
 #pragma unroll
       for (int c = 0; c < 4 * kRuns; ++c) {
-        const int64_t i = bi * kSide + ty + r / 4 * 64 + r % 4, j = bj * kSide + tx + c / 4 * 64 + c % 4;
-        if (i < n && j < n) h[i * n + j] = beta * h[i * n + j] + scale * A(sum[r][c]);
+        const int64_t row = bi * kSide + ty + r / 4 * 64 + r % 4, col = bj * kSide + tx + c / 4 * 64 + c % 4;
+        if (row < n && col < n) h[row * n + col] = beta * h[row * n + col] + scale * A(sum[r][c]);
       }
+    }
   }
 }
 
