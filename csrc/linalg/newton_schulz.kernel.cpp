@@ -11,8 +11,8 @@
 // Phases: sums of squares, packing, those of the steps, unpacking.
 #include "linalg/newton_schulz.h"
 
-#include "common/widen.h"
 #include "common/simd_gemm.h"
+#include "common/widen.h"
 
 namespace gradops {
 namespace {
