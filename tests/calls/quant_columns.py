@@ -1,0 +1,27 @@
+import torch
+
+from gradops import quant
+
+from . import Call
+
+
+def hessian(x):
+    n = x.shape[-1]
+    places = torch.arange(n, dtype=torch.float64)
+    return 0.5 ** (places[:, None] - places).abs()
+
+
+def block(x):
+    factor = torch.linalg.inv(torch.linalg.cholesky(hessian(x).flip(-2, -1))).flip(-2, -1).float()
+    return (x.float(), factor.expand(*x.shape[:-2], *factor.shape), None, None, None, None, None, None, 4, 4, True,
+            False, 0.0, 0, 0, 0.0, False, False)  # fmt: skip
+
+
+def bytes_of(x):  # a gradient could be asked of a float tensor only
+    return (x * 100).to(torch.uint8)
+
+
+CALLS = {
+    "gptq_block": Call(block, lambda x: quant.gptq_quantize(x, hessian(x), group_size=4).weight, derivatives=0,
+                       large=lambda: torch.randn(3, 300, 97, generator=torch.Generator().manual_seed(1))),
+}  # fmt: skip
