@@ -31,9 +31,10 @@ GRADOPS_BITS uint64_t squeeze(uint64_t x) {
   return (x | x >> (32 - 4 * b)) & low_bits(8 * b % 64, 64);
 }
 template <int b>
-GRADOPS_BITS uint64_t spread_out(uint64_t x) {
+GRADOPS_BITS uint64_t spread_out(uint64_t x) {  // of x, the lowest 8 * b bits
   if constexpr (b == 8) return x;
   constexpr uint64_t kOne = low_bits(b % 8, 8), kTwo = low_bits(2 * b % 16, 16), kFour = low_bits(4 * b % 32, 32);
+  x &= low_bits(8 * b % 64, 64);
   x = (x | x << (32 - 4 * b)) & kFour;
   x = (x | x << (16 - 2 * b)) & kTwo;
   return (x | x << (8 - b)) & kOne;

@@ -17,11 +17,17 @@ def block(x):
             False, 0.0, 0, 0, 0.0, False, False)  # fmt: skip
 
 
-def bytes_of(x):  # a gradient could be asked of a float tensor only
-    return (x * 100).to(torch.uint8)
+def packed(x):
+    return torch.ops.gradops.gptq_pack(codes(x), 4, False), 4, x.shape[-1], False
+
+
+def codes(x):
+    return (x.detach().abs() * 5).clamp(0, 15).to(torch.uint8)
 
 
 CALLS = {
     "gptq_block": Call(block, lambda x: quant.gptq_quantize(x, hessian(x), group_size=4).weight, derivatives=0,
                        large=lambda: torch.randn(3, 300, 97, generator=torch.Generator().manual_seed(1))),
+    "gptq_pack": Call(lambda x: (codes(x), 3, True), None, floating=False),
+    "gptq_unpack": Call(packed, None, floating=False),
 }  # fmt: skip

@@ -21,7 +21,8 @@ def upper(H, damp=0.01):
     n = H.shape[-1]
     eye = torch.eye(n, dtype=H.dtype)
     damped = H + damp * H.diagonal(0, -2, -1).mean(-1)[..., None, None] * eye
-    return torch.linalg.inv(torch.linalg.cholesky(damped.flip(-2, -1))).flip(-2, -1)
+    lower = torch.linalg.cholesky(damped.flip(-2, -1))
+    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).flip(-2, -1)
 
 
 def proxy(W, H, q):
@@ -29,14 +30,15 @@ def proxy(W, H, q):
     return ((gap @ H) * gap).sum()
 
 
-def assert_equal_up_to_ties(ours, exact, ratios, order):
+def assert_equal_up_to_ties(ours, exact, ratios, order, bits):
     """Codes are equal but in rows whose first difference is a rounding tie in float64, and at most 0.3 % differ."""
+    tie = 1e-5 * max(1, 2 ** (bits - 4))  # w / scale grows with the number of codes, and with it its error
     differ = (ours.codes != exact.codes)[:, order]
     assert differ.double().mean() <= 3e-3
     for row in differ.any(-1).nonzero()[:, 0].tolist():
         at = int(differ[row].int().argmax())
         ratio = float(ratios[at][row])
-        assert abs(abs(ratio - round(ratio)) - 0.5) < 1e-5, (row, at, ratio)
+        assert abs(abs(ratio - round(ratio)) - 0.5) < tie, (row, at, ratio)
 
 
 OPTIONS = [
@@ -59,8 +61,9 @@ def test_codes_equal_float64_given_factor_and_scales(options, monkeypatch):
     g = W.shape[-1] if options["group_size"] == -1 else options["group_size"]
     order = columns.column_order(H.diagonal(), g, options.get("desc_act", False), options.get("act_group_aware", False))
     order = torch.arange(W.shape[-1]) if order is None else order
+    # A little above the chosen ones, which make the lowest number of every symmetric group a tie.
     first = rtn_quantize(W, **{k: v for k, v in options.items() if k in ("bits", "group_size", "sym")})
-    given = {"factor": upper(H[order][:, order]).float(), "scales": first.scales, "zeros": first.zeros}
+    given = {"factor": upper(H[order][:, order]).float(), "scales": 1.01 * first.scales, "zeros": first.zeros}
     ratios = []
 
     def watched(w, scale, *args, _round=columns._round):
@@ -70,7 +73,7 @@ def test_codes_equal_float64_given_factor_and_scales(options, monkeypatch):
     monkeypatch.setattr(columns, "_round", watched)
     exact = reference.gptq_quantize(W.double(), H, **options, **given)
     ours = gptq_quantize(W, H, **options, **given)
-    assert_equal_up_to_ties(ours, exact, ratios, order)
+    assert_equal_up_to_ties(ours, exact, ratios, order, options.get("bits", 4))
     assert torch.equal(ours.g_idx, exact.g_idx)
     torch.testing.assert_close(ours.scales.double(), exact.scales, rtol=0, atol=0)
     same = (ours.codes == exact.codes).all(-1)
@@ -106,7 +109,9 @@ def test_rtn_equals_the_reference(bits, options):
     W = torch.randn(2, 9, 77, generator=torch.Generator().manual_seed(0))
     options = {"group_size": 16} | options
     ours, exact = rtn_quantize(W, bits=bits, **options), reference.rtn_quantize(W.double(), bits=bits, **options)
-    assert (ours.codes != exact.codes).double().mean() <= 3e-3  # 0|1 codes of symmetric groups are ties
+    ratio = W.double() / exact.scales[..., exact.g_idx[0].long()]
+    differ = ours.codes != exact.codes  # at ties: the lowest number of a symmetric group is one
+    assert ((ratio - ratio.round()).abs()[differ] > 0.5 - 1e-5).all()
     torch.testing.assert_close(ours.scales.double(), exact.scales, rtol=1e-6, atol=0)
     assert torch.equal(ours.zeros.double(), exact.zeros)
 
@@ -158,11 +163,12 @@ def test_a_batch_equals_a_loop_code_for_code(options):
 
 def test_results_do_not_depend_on_the_number_of_threads():
     W, H, D = problem(2, rows=90, n=170)
+    factor = upper(H)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(gptq_quantize(W, H, group_size=32, method="foem+gptaq", D=D, factor=upper(H)))
+            results.append(gptq_quantize(W, H, group_size=32, method="foem+gptaq", D=D, factor=factor))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for r in results for a, b in zip(r, results[0], strict=True))
@@ -204,12 +210,10 @@ def test_codes_scales_and_weight_agree():
 
 def test_one_singular_expert_is_rounded_to_nearest():
     W, H, D = problem(4, rows=12, n=60)
-    H[1] = torch.ones(60, 60) - 3 * torch.eye(60)  # indefinite, after any damping by one percent
-    H[1].diagonal().copy_(torch.ones(60))
+    H[1] = -1.0  # indefinite
+    H[1].diagonal().fill_(1.0)
     H[2] = 0
     H[3, 4, 5] = H[3, 5, 4] = torch.nan
-    H[1] = H[1] - 2 * torch.ones(60, 60)
-    H[1].diagonal().fill_(1.0)
     for method in ("gptq", "foem+gptaq"):
         options = with_d({"method": method, "group_size": 16}, D)
         q = gptq_quantize(W, H, **options)
@@ -223,11 +227,11 @@ def test_one_singular_expert_is_rounded_to_nearest():
 
 def test_damping_is_raised_where_it_must():
     W, H, _ = problem(2, rows=5, n=40)
-    H[1] = -0.05 + 0 * H[1]
+    H[1] = -0.05  # the lowest eigenvalue is 1.05 - 40 * 0.05
     H[1].diagonal().fill_(1.0)
     assert gptq_quantize(W, H).info.tolist() == [0, 1]
-    q = gptq_quantize(W, H, damp_auto_increment=0.3)
-    exact = reference.gptq_quantize(W.double(), H, damp_auto_increment=0.3)
+    q = gptq_quantize(W, H, damp_auto_increment=0.49)
+    exact = reference.gptq_quantize(W.double(), H, damp_auto_increment=0.49)
     assert q.info.tolist() == [0, 0]
     assert torch.equal(q.codes[0], gptq_quantize(W, H).codes[0])
     assert (q.codes != exact.codes).double().mean() <= 3e-3

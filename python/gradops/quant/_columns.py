@@ -63,7 +63,8 @@ def check_square(x: Tensor, name: str, W: Tensor) -> None:
     check_matrix(x, name)
     check_device(x, name, W, "W")
     n = W.shape[-1]
-    if tuple(x.shape) not in ((*W.shape[:-2], n, n), (n, n)):
+    want = (n, n) if x.dim() == 2 else (*W.shape[:-2], n, n)
+    if x.dim() != len(want) or tuple(x.shape) != want:
         raise ValueError(f"{name} must have shape (..., in, in) = {(*W.shape[:-2], n, n)} or {(n, n)}, "
                          f"got {tuple(x.shape)}")
 

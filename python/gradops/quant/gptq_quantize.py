@@ -1,4 +1,5 @@
 """Quantisation of weights with second-order compensation: GPTQ, GPTAQ and FOEM."""
+import math
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def gptq_quantize(
     refuse_derivative("gptq_quantize", W=W, H=H, D=D, scales=scales, zeros=zeros, factor=factor)
 
     lead, (rows, n) = W.shape[:-2], W.shape[-2:]
-    items = lead.numel()
+    items = math.prod(lead)
     w = W.detach().reshape(items, rows, n).to(torch.float32, copy=True)
 
     def square(x: Tensor) -> Tensor:
