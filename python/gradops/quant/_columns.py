@@ -18,7 +18,8 @@ class QuantizedWeight(NamedTuple):
 
     codes: ``(..., out, in)``, uint8. scales, zeros: ``(..., out, groups)``, float32. g_idx: ``(..., in)``, int32, the
     group of each input. weight: what the codes stand for, in the dtype that was quantised. loss: ``(..., out)``,
-    float32. info: ``(...)``, int32: 0, or why the item was rounded to nearest instead (see :func:`gptq_quantize`).
+    float32. info: ``(...)``, int32: 0, ``-k`` if ``k`` inputs were never seen, or, if positive, why the
+    item was rounded to nearest instead (see :func:`gptq_quantize`).
     """
 
     codes: Tensor

@@ -1,33 +1,18 @@
 """Quantisation of weights with second-order compensation: GPTQ, GPTAQ and FOEM."""
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import check_one_of
-from .._op import refuse_derivative, register
+from .._op import refuse_derivative
 from ..linalg.newton_schulz import _matmul_precision
 from ._columns import (
-    GRIDS, METHODS, MOST_BLOCK, SCALE_DTYPES, QuantizedWeight, blocks, check_grid, check_scales, check_square,
-    column_order, nvfp4_unit,
+    GRIDS, METHODS, MOST_BLOCK, SCALE_DTYPES, QuantizedWeight, check_grid, check_scales, check_square, column_order,
+    nvfp4_unit,
 )  # fmt: skip
-
-
-def _fake(w: Tensor, u: Tensor | None, original: Tensor | None, pull: Tensor | None, scale: Tensor | None,
-          zero: Tensor | None, group: Tensor | None, unit: Tensor | None, group_size: int,
-          *_: Any) -> tuple[Tensor, ...]:
-    rows, cols = w.shape[:-1], w.shape[-1]
-    groups = 0 if scale is not None else (cols + group_size - 1) // group_size
-
-    def out(width: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        return w.new_empty((*rows, width), dtype=dtype)
-
-    return (out(cols, torch.uint8), out(cols), out(0 if u is None else cols), out(0 if pull is None else cols),
-            out(groups), out(groups), w.new_empty(rows))
-
-
-_op = register("gptq_block", fake=_fake)
+from ._factor import factor as hessian_factor
+from ._walk import gptq_block, gptq_columns
 
 
 @torch.compiler.allow_in_graph
@@ -89,10 +74,10 @@ def gptq_quantize(
             compensation sees the grid that a checkpoint holds. A scale is at least the smallest such number.
 
     Returns:
-        :class:`QuantizedWeight`. ``loss`` is :math:`\sum_j (W_j - Q_j)^2 / (2 U_{jj}^2)` per row. ``info`` is 0, or
-        why an item was rounded to nearest without compensation: 1 ``H`` is not positive definite after damping,
-        2 ``H`` is not finite, 3 no input was ever seen (``H_ii = 0`` for all). Inputs with ``H_ii = 0`` otherwise get
-        weight 0, as in the GPTQ authors' code. A row of ``W`` that is not finite gives NaN in its ``weight`` and
+        :class:`QuantizedWeight`. ``loss`` is :math:`\sum_j (W_j - Q_j)^2 / (2 U_{jj}^2)` per row. ``info`` is 0;
+        ``-k`` if ``k`` inputs were never seen (``H_ii = 0``): they get weight 0, as in the GPTQ authors' code; or why
+        an item was rounded to nearest without compensation: 1 ``H`` is not positive definite after damping, 2 ``H`` is
+        not finite, 3 no input was ever seen. A row of ``W`` that is not finite gives NaN in its ``weight`` and
         ``loss``, and no other row.
 
     Raises:
@@ -119,57 +104,50 @@ def gptq_quantize(
 
     lead, (rows, n) = W.shape[:-2], W.shape[-2:]
     items = math.prod(lead)
-    w = W.detach().reshape(items, rows, n).to(torch.float32, copy=True)
+    foem, gptaq = method.startswith("foem") and beta != 0, method.endswith("gptaq") and alpha != 0
 
     def square(x: Tensor) -> Tensor:
-        x = x.detach()
+        x = x.detach() if x.dtype == torch.float64 else x.detach().float()
         return (x if x.dim() == 2 else x.reshape(items, n, n)).expand(items, n, n)
 
     h = square(H)
-    h, info, dead = _healthy(h if h.dtype == torch.float64 else h.float())
-    w = w.masked_fill(dead[:, None], 0.0)
-    order = column_order(h.diagonal(0, -2, -1), group, desc_act, act_group_aware)
-    if order is not None:
-        h = _in_order(h, order)
-        w = w.take_along_dim(order[:, None], -1)
+    diagonal = h.diagonal(0, -2, -1)
+    dead = diagonal == 0
+    unseen = dead.all(-1)
+    order = column_order(diagonal + dead, group, desc_act, act_group_aware)
     if factor is None:
-        u, _, failed = _factor(h, damp_percent, damp_auto_increment, factor_dtype)
+        u, _, info = hessian_factor(_in_order(h, order), damp_percent=damp_percent,
+                                    damp_auto_increment=damp_auto_increment, factor_dtype=factor_dtype)  # fmt: skip
     else:
-        u, failed = square(factor), info.new_zeros(items)
-    bad = (info > 0) | (failed > 0)
-    info = torch.where(info == 0, (failed > 0).int(), info)
-    u = torch.where(bad[:, None, None], torch.eye(n, dtype=u.dtype, device=u.device), u).float()
-
-    foem, gptaq = method.startswith("foem") and beta != 0, method.endswith("gptaq") and alpha != 0
-    grid_options = (bits, sym, compat == "authors", mse, GRIDS.index(grid), SCALE_DTYPES.index(scale_dtype))
+        u, info = square(factor), torch.where(unseen, 3, -dead.sum(-1)).int()
+    u = u.float()
+    w = W.detach().reshape(items, rows, n).float().masked_fill((dead & (info <= 0)[:, None])[:, None], 0.0)
+    options = (bits, sym, compat == "authors", mse, GRIDS.index(grid), SCALE_DTYPES.index(scale_dtype))
     unit = nvfp4_unit(w) if grid == "nvfp4" else None
-    with _matmul_precision("highest"):  # no TensorFloat-32 or bfloat16 behind the name of float32
-        p = None
-        if gptaq and D is not None:
-            d = square(D).float()
-            p = alpha * ((d if order is None else _in_order(d, order)) @ u.mT).triu(1) @ u
-            p = p.masked_fill(bad[:, None, None], 0.0)
-        given = _given_scales(w, scales, zeros, static_groups, order, group, grid_options, unit)
-        parts, found = _walk(w, u, w.clone() if foem else None, p, given, order, group, unit, grid_options,
-                             (beta if foem else 0.0, pull_across_blocks, compat == "authors"),
-                             blocks(n, group, block_size, given is None and group_params == "fresh"),
-                             group_params)  # fmt: skip
-    codes, q = (torch.cat([part[k] for part in parts], -1) if parts else w.new_empty(w.shape) for k in (0, 1))
-    loss = torch.stack([part[2] for part in parts]).sum(0) if parts else w.new_zeros(items, rows)
-    scale, zero = found
+    given = _given_scales(w, scales, zeros, static_groups, order, group, options, unit)
+    pull = None
+    if gptaq and D is not None:
+        with _matmul_precision("highest"):
+            pull = alpha * (_in_order(square(D).float(), order) @ u.mT).triu(1) @ u
+        pull = pull.masked_fill((info > 0)[:, None, None], 0.0)
+    codes, q, loss, scale, zero = gptq_columns(
+        w if order is None else w.take_along_dim(order[:, None], -1), u, pull, *(given or (None,) * 3), unit, group,
+        block_size, group_params == "fresh", *options, beta if foem else 0.0, pull_across_blocks, compat == "authors",
+    )  # fmt: skip
     g_idx = (torch.arange(n, device=w.device) // group).expand(items, n)
+    if given is not None:
+        scale, zero = given[:2]
     if order is not None:
         back = order.argsort(-1)
         codes, q = codes.take_along_dim(back[:, None], -1), q.take_along_dim(back[:, None], -1)
         if given is None and desc_act:
             g_idx = back // group
         elif given is None:  # groups of neighbours, met in another order
-            met = order[:, ::group] // group
-            where = met.argsort(-1)[:, None].expand(scale.shape)
+            where = (order[:, ::group] // group).argsort(-1)[:, None].expand(scale.shape)
             scale, zero = scale.take_along_dim(where, -1), zero.take_along_dim(where, -1)
     q = torch.where(loss.isfinite()[..., None], q, torch.nan).to(W.dtype)
-    shaped = [x.reshape((*lead, *x.shape[1:])) for x in (codes.to(torch.uint8), scale, zero, g_idx.int(), q, loss, info)]
-    return QuantizedWeight(*shaped)
+    results = codes, scale, zero, g_idx.int(), q, loss, info
+    return QuantizedWeight(*(x.reshape((*lead, *x.shape[1:])) for x in results))
 
 
 @torch.compiler.allow_in_graph
@@ -198,7 +176,7 @@ def rtn_quantize(
     options = (bits, sym, compat == "authors", mse, GRIDS.index(grid), SCALE_DTYPES.index(scale_dtype))
     unit = nvfp4_unit(w) if grid == "nvfp4" else None
     given = None if scales is None else (*_scales_of(scales, zeros, bits), g_idx)
-    codes, q, _, _, scale, zero, loss = _op(w, None, None, None, *(given or (None,) * 3), unit, group, *options,
+    codes, q, _, _, scale, zero, loss = gptq_block(w, None, None, None, *(given or (None,) * 3), unit, group, *options,
                                             0.0, False, False)  # fmt: skip
     if given is not None:
         scale, zero = given[:2]
@@ -226,42 +204,8 @@ def _check_options(W: Tensor, D: Tensor | None, factor: Tensor | None, desc_act:
             check_square(x, name, W)
 
 
-def _healthy(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """H that can be factored, the info of every item, and the columns that saw no input."""
-    diagonal = h.diagonal(0, -2, -1)
-    finite = h.isfinite().all(-1).all(-1)
-    dead = diagonal == 0
-    unseen = dead.all(-1)
-    info = torch.where(finite, torch.where(unseen, 3, 0), 2).int()
-    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
-    h = torch.where((info > 0)[:, None, None], eye, h + torch.diag_embed(dead.to(h.dtype)))
-    return h, info, dead & (info == 0)[:, None]
-
-
-def _in_order(h: Tensor, order: Tensor) -> Tensor:
-    return h.take_along_dim(order[:, :, None], -2).take_along_dim(order[:, None, :], -1)
-
-
-def _factor(h: Tensor, damp_percent: float, damp_auto_increment: float,
-            factor_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """U upper with U'U = (H + damp mean(diag H) I)^-1, the damping used, and 1 for items that are not definite.
-
-    With J reversing the order, J H J = L L' gives U = J L^-1 J: one Cholesky factorisation and one inverse."""
-    h = h.to(factor_dtype or h.dtype)
-    mean = h.diagonal(0, -2, -1).mean(-1)
-    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
-    damp = torch.full_like(mean, damp_percent)
-    lower, failed = torch.linalg.cholesky_ex((h + (damp * mean)[:, None, None] * eye).flip(-2, -1))
-    tries = int((1 - damp_percent) / damp_auto_increment) if damp_auto_increment > 0 else 0
-    for _ in range(tries):
-        if h.device.type == "cpu" and not (failed > 0).any():
-            break
-        damp = torch.where(failed > 0, damp + damp_auto_increment, damp)
-        again, failed_again = torch.linalg.cholesky_ex((h + (damp * mean)[:, None, None] * eye).flip(-2, -1))
-        lower = torch.where((failed > 0)[:, None, None], again, lower)
-        failed = torch.where(failed > 0, failed_again, failed)
-    lower = torch.where((failed > 0)[:, None, None], eye, lower)
-    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).flip(-2, -1), damp, failed
+def _in_order(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else x.take_along_dim(order[:, :, None], -2).take_along_dim(order[:, None, :], -1)
 
 
 def _scales_of(scales: Tensor, zeros: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
@@ -273,55 +217,11 @@ def _given_scales(w: Tensor, scales: Tensor | None, zeros: Tensor | None, static
                   group: int, options: tuple, unit: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
     """Scales and zeros known before the first column, and the group of every column in the order they are taken."""
     items, rows, n = w.shape
-    if scales is None and not static:
-        return None
     if scales is not None:
         scale, zero = (x.reshape(items, rows, -1) for x in _scales_of(scales, zeros, options[0]))
+    elif static:
+        scale, zero = gptq_block(w, *(None,) * 6, unit, group, *options, 0.0, False, False)[4:6]
     else:
-        plain = w if order is None else w.take_along_dim(order.argsort(-1)[:, None], -1)
-        scale, zero = _op(plain, None, None, None, None, None, None, unit, group, *options, 0.0, False, False)[4:6]
+        return None
     places = torch.arange(n, device=w.device).expand(items, n) if order is None else order
     return scale, zero, places // group
-
-
-def _walk(w: Tensor, u: Tensor, original: Tensor | None, p: Tensor | None, given: tuple | None, order: Tensor | None,
-          group: int, unit: Tensor | None, options: tuple, foem: tuple, cuts: list[tuple[int, int]],
-          group_params: str) -> tuple[list[tuple[Tensor, Tensor, Tensor]], tuple[Tensor, Tensor]]:
-    """Goes through the blocks; w holds, to the right of the present one, what compensation has made of it."""
-    items, _, n = w.shape
-    parts, scales, zeros = [], [], []
-    for begin, end in cuts:
-        known: tuple[Tensor | None, ...] = (None, None, None)
-        if given is not None:
-            known = (given[0], given[1], given[2][:, begin:end])
-        elif group_params == "block" or group > end - begin:
-            first, last = -(-begin // group), -(-end // group)
-            if first < last:  # groups that begin here
-                found = _op(w[:, :, first * group : min(last * group, n)], None, None, None, None, None, None, unit,
-                            group, *options, 0.0, False, False)  # fmt: skip
-                scales.extend(found[4].split(1, -1))
-                zeros.extend(found[5].split(1, -1))
-            low = begin // group
-            local = torch.arange(begin, end, device=w.device) // group - low
-            known = (torch.cat(scales[low:], -1), torch.cat(zeros[low:], -1), local.expand(items, end - begin))
-
-        def cut(x: Tensor | None, a: slice, b: slice) -> Tensor | None:
-            return None if x is None else x[:, a, b]
-
-        here, right = slice(begin, end), slice(end, n)
-        codes, q, e, latent, scale, zero, loss = _op(
-            w[:, :, here], u[:, here, here], cut(original, slice(None), here), cut(p, here, here), *known, unit, group,
-            *options, *foem,
-        )  # fmt: skip
-        if known[0] is None:
-            scales.extend(scale.split(1, -1))
-            zeros.extend(zero.split(1, -1))
-        if end < n:
-            w[:, :, right].baddbmm_(e, u[:, here, right], alpha=-1)
-            if p is not None:
-                w[:, :, right].baddbmm_(latent, p[:, here, right])
-        parts.append((codes, q, loss))
-    if given is not None:
-        return parts, given[:2]
-    empty = w.new_empty(*w.shape[:2], 0)
-    return parts, (torch.cat([empty, *scales], -1), torch.cat([empty, *zeros], -1))

@@ -28,8 +28,8 @@ def gptq_quantize(
     for w, h, d, given, given_zero, u in zip(*map(items, (W, H, D, scales, zeros, factor)), strict=True):
         w, h = w.to(h.dtype, copy=True), h.clone()
         dead = h.diagonal() == 0
-        info = 2 if not h.isfinite().all() else 3 if dead.all() else 0
-        if info:
+        info = 2 if not h.isfinite().all() else 3 if dead.all() else -int(dead.sum())
+        if info > 0:
             h = torch.eye(n, dtype=h.dtype, device=h.device)
         else:
             h += torch.diag(dead.to(h.dtype))
@@ -37,15 +37,15 @@ def gptq_quantize(
         order = column_order(h.diagonal(), g, desc_act, act_group_aware)
         order = torch.arange(n, device=w.device) if order is None else order
         damp = damp_percent
-        while u is None and not info:
+        while u is None and info <= 0:
             u, failed = _factor(h[order][:, order], damp, factor_dtype)
             if failed and damp_auto_increment > 0 and damp + damp_auto_increment <= 1:
                 damp, u = damp + damp_auto_increment, None
             elif failed:
                 info = 1
-        u = torch.eye(n, dtype=h.dtype, device=h.device) if info else u.to(h.dtype)
+        u = torch.eye(n, dtype=h.dtype, device=h.device) if info > 0 else u.to(h.dtype)
         p = torch.zeros_like(u)
-        if gptaq and not info:
+        if gptaq and info <= 0:
             p = alpha * (d.to(u.dtype)[order][:, order] @ u.mT).triu(1) @ u
         unit = _unit(w)
 
