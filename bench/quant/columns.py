@@ -52,7 +52,8 @@ def torch_columns(W: Tensor, U: Tensor, beta: float = 0.0, P: Tensor | None = No
             if P is None:
                 w[:, i:] -= e[:, i, None].matmul(u[i, i:][None])
             else:
-                w[:, i:] -= e[:, i, None].matmul(u[i, i:][None]) - now[:, None].matmul(P[begin + i, begin + i : end][None])
+                extra = now[:, None].matmul(P[begin + i, begin + i : end][None])
+                w[:, i:] -= e[:, i, None].matmul(u[i, i:][None]) - extra
             if beta and i + 1 < end - begin:
                 w[:, i + 1] -= beta * (w[:, i + 1] - W0[:, begin + i + 1])
         W[:, end:] -= e.matmul(U[begin:end, end:])
@@ -95,9 +96,10 @@ def cases(settings: Settings) -> Iterator[Case]:
             "gptq_quantize", shape, torch.float32, variant=f"{method} and factor",
             ours=lambda m=method, x=extra: quant.gptq_quantize(W, H, method=m, compat="authors", **x),
             reference=lambda b=beta, d=D if extra else None: _torch_all(W, H, b, d),
-            flops={torch.float32: lazy[torch.float32] * (1 if pull is None else 2) + n**3 * (2 / 3 if pull is None else 8 / 3)},
+            flops={torch.float32: lazy[torch.float32] + n**3 * 2 / 3 if pull is None
+                   else 2 * lazy[torch.float32] + n**3 * 8 / 3},
         )  # fmt: skip
-        yield from columns_only(method, beta, pull, W, U, settings)
+        yield from columns_only(method, beta, pull, W, U)
     yield from experts(settings)
     yield from packing(settings)
 
@@ -107,7 +109,7 @@ def _torch_all(W: Tensor, H: Tensor, beta: float, D: Tensor | None) -> tuple[Ten
     return torch_columns(W, U, beta, None if D is None else torch_pull(D, U))
 
 
-def columns_only(method: str, beta: float, P: Tensor | None, W: Tensor, U: Tensor, settings: Settings) -> Iterator[Case]:
+def columns_only(method: str, beta: float, P: Tensor | None, W: Tensor, U: Tensor) -> Iterator[Case]:
     """One block, without the product that follows."""
     w, u = W[:, :BLOCK], U[:BLOCK, :BLOCK].contiguous()
     p = None if P is None else P[:BLOCK, :BLOCK].contiguous()
@@ -147,7 +149,8 @@ def torch_pack(codes: Tensor) -> Tensor:
 
 def packing(settings: Settings) -> Iterator[Case]:
     rows, n = (256, 512) if settings.quick else (4096, 4096)
-    codes = torch.randint(16, (rows, n), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(settings.device)
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (rows, n), dtype=torch.uint8, generator=g).to(settings.device)
     op = torch.ops.gradops
     words = op.gptq_pack(codes, 4, True)
     yield Case("gptq_pack", f"{rows}x{n}", torch.uint8, variant="4 bits", ours=lambda: op.gptq_pack(codes, 4, True),

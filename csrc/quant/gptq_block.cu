@@ -56,7 +56,7 @@ __device__ void load_triangle(const Plane& from, int64_t item, int cols, float* 
 }
 
 template <bool kFoem, bool kPull, bool kInteger>
-__global__ void __launch_bounds__(32 * kWarps) columns_kernel(const __grid_constant__ GptqBlock t, int64_t tiles) {
+__global__ void __launch_bounds__(32 * kWarps, 4) columns_kernel(const __grid_constant__ GptqBlock t, int64_t tiles) {
   GRADOPS_DYNAMIC_SHARED(unsigned char, memory);
   SharedPlan cut(memory);
   const int cols = int(t.cols), lane = threadIdx.x % 32;

@@ -10,11 +10,12 @@ namespace {
 constexpr int kThreads = 128;
 
 template <int b, bool kPack>
-__global__ void __launch_bounds__(kThreads) stream_kernel(const __grid_constant__ PackTask t, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads)
+    stream_kernel(const __grid_constant__ PackTask t, int64_t chunks, int64_t packed) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = index % t.rows;
   const int64_t chunk = index / t.rows % chunks, item = index / t.rows / chunks;
   if (item >= t.batch) return;
-  const int64_t packed = packed_cols(t.cols, b), word = chunk * b, left = t.cols - 32 * chunk;
+  const int64_t word = chunk * b, left = t.cols - 32 * chunk;
   uint8_t* codes = t.codes + (item * t.rows + row) * t.cols + 32 * chunk;
   uint32_t* words = t.words + item * t.rows * packed + (t.transposed ? word * t.rows + row : row * packed + word);
   const int64_t step = t.transposed ? t.rows : 1;
@@ -37,7 +38,7 @@ void run(const PackTask& t, void* stream) {
   const int64_t chunks = (t.cols + 31) / 32;
   with_bits(t.bits, [&](auto bits) {
     launch(stream_kernel<decltype(bits)::value, kPack>, blocks((t.batch * t.rows * chunks + kThreads - 1) / kThreads),
-           kThreads, 0, stream, t, chunks);
+           kThreads, 0, stream, t, chunks, packed_cols(t.cols, t.bits));
   });
 }
 

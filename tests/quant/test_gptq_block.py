@@ -17,8 +17,9 @@ def run(backend, w, u=None, original=None, pull=None, scale=None, zero=None, gro
     return [t.cpu() for t in ops.gptq_block(*tensors, group_size, *(PLAIN | options).values())]
 
 
-@pytest.mark.parametrize("options", [{}, {"sym": False, "bits": 3}, {"mse": 2.4, "bits": 2}, {"mse": 2.0}, {"scale_type": 1},
-                                     {"scale_type": 2}, {"group_size": 40}, {"group_size": 11}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"sym": False, "bits": 3}, {"mse": 2.4, "bits": 2}, {"mse": 2.0},
+                                     {"scale_type": 1}, {"scale_type": 2},
+                                     {"group_size": 40}, {"group_size": 11}], ids=str)  # fmt: skip
 def test_gptq(backend, options):
     W, H, _ = problem(2, rows=5, n=40)
     U = upper(H).float()
@@ -43,7 +44,7 @@ def test_foem_and_gptaq(backend, foem, pull, authors):
     U = upper(H).float()
     P = 0.25 * (D @ U.double().mT).triu(1) @ U.double()
     original = W + 0.001 * torch.randn(W.shape, generator=torch.Generator().manual_seed(1))
-    codes, q, e, latent, *_, loss = run(backend, W, U, original if foem else None, P.float() if pull else None,
+    codes, q, e, latent, *_ = run(backend, W, U, original if foem else None, P.float() if pull else None,
                                         beta=0.2, pull_first=authors, latent_rounded=authors, group_size=24)
     # The definition, a column at a time.
     w, u, beta = W.double(), U.double(), 0.2 if foem else 0.0
@@ -66,7 +67,7 @@ def test_foem_and_gptaq(backend, foem, pull, authors):
 
 
 def test_given_scales_and_groups_in_any_order(backend):
-    W, H, _ = problem(2, rows=5, n=40)
+    W, _, _ = problem(2, rows=5, n=40)
     scale, zero = run(backend, W)[4:6]
     group = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(i)) // 16 for i in range(2)])
     codes, q, _, _, none, _, _ = run(backend, W, torch.eye(40).expand(2, 40, 40), None, None, scale, zero, group)

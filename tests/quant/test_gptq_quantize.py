@@ -6,7 +6,7 @@ from gradops.quant import gptq_quantize, reference, rtn_quantize
 from gradops.quant.reference import columns
 
 
-def problem(*lead, rows=40, n=200, seed=0, tokens=400):
+def problem(*lead, rows=40, n=110, seed=0, tokens=220):
     g = torch.Generator().manual_seed(seed)
     X = torch.randn(*lead, tokens, n, generator=g, dtype=torch.float64)
     X = X * torch.exp(0.7 * torch.randn(n, generator=g, dtype=torch.float64))
@@ -42,7 +42,7 @@ def assert_equal_up_to_ties(ours, exact, ratios, order, bits):
 
 
 OPTIONS = [
-    {}, {"sym": False}, {"bits": 2}, {"bits": 3, "sym": False}, {"bits": 8}, {"group_size": 48}, {"group_size": 150},
+    {}, {"sym": False}, {"bits": 2}, {"bits": 3, "sym": False}, {"bits": 8}, {"group_size": 48}, {"group_size": 90},
     {"group_size": -1}, {"block_size": 20, "group_size": 16}, {"desc_act": True}, {"act_group_aware": True},
     {"method": "foem"}, {"method": "foem", "pull_across_blocks": True, "desc_act": True}, {"method": "gptaq"},
     {"method": "gptaq", "compat": "authors"}, {"method": "foem+gptaq"}, {"method": "foem+gptaq", "compat": "authors"},
@@ -57,7 +57,7 @@ def with_d(options, D):
 @pytest.mark.parametrize("options", OPTIONS, ids=IDS)
 def test_codes_equal_float64_given_factor_and_scales(options, monkeypatch):
     W, H, D = problem()
-    options = {"group_size": 32} | with_d(options, D)
+    options = {"group_size": 32, "block_size": 64} | with_d(options, D)
     g = W.shape[-1] if options["group_size"] == -1 else options["group_size"]
     order = columns.column_order(H.diagonal(), g, options.get("desc_act", False), options.get("act_group_aware", False))
     order = torch.arange(W.shape[-1]) if order is None else order
@@ -82,16 +82,16 @@ def test_codes_equal_float64_given_factor_and_scales(options, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"group_params": "block"}, {"group_size": 50, "group_params": "block"}, {"group_size": 150},
-    {"group_size": 150, "group_params": "block"}, {"desc_act": True}, {"desc_act": True, "static_groups": True},
+    {}, {"group_params": "block"}, {"group_size": 50, "group_params": "block"}, {"group_size": 90},
+    {"group_size": 90, "group_params": "block"}, {"desc_act": True}, {"desc_act": True, "static_groups": True},
     {"act_group_aware": True, "group_size": 48}, {"act_group_aware": True, "static_groups": True},
-    {"mse": 2.4, "group_size": 100}, {"mse": 2.0, "sym": False, "group_size": 100}, {"scale_dtype": torch.float16},
+    {"mse": 2.4, "group_size": 60}, {"mse": 2.0, "sym": False, "group_size": 60}, {"scale_dtype": torch.float16},
     {"scale_dtype": torch.bfloat16}, {"grid": "nvfp4", "group_size": 16}, {"grid": "mxfp4"}, {"method": "foem+gptaq"},
 ], ids=str)  # fmt: skip
 def test_end_to_end(options):
     """Factor and scales are each side's own. A tie that falls the other way changes the rest of its row."""
     W, H, D = problem(rows=32)
-    options = {"group_size": 32} | with_d(options, D)
+    options = {"group_size": 32, "block_size": 64} | with_d(options, D)
     ours, exact = gptq_quantize(W, H.float(), **options), reference.gptq_quantize(W.double(), H, **options)
     assert (ours.codes != exact.codes).any(-1).double().mean() <= 0.1
     same = (ours.codes == exact.codes).all(-1)
@@ -102,11 +102,12 @@ def test_end_to_end(options):
     assert int(ours.info) == 0
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("options", [{}, {"sym": False}, {"mse": 2.4}, {"scale_dtype": torch.float16},
-                                     {"group_size": -1}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("bits, options", [
+    (2, {}), (3, {"sym": False}), (4, {}), (4, {"scale_dtype": torch.float16}), (4, {"mse": 2.4}),
+    (5, {"group_size": -1}), (8, {"sym": False}),
+], ids=str)  # fmt: skip
 def test_rtn_equals_the_reference(bits, options):
-    W = torch.randn(2, 9, 77, generator=torch.Generator().manual_seed(0))
+    W = torch.randn(2, 9, 45, generator=torch.Generator().manual_seed(0))
     options = {"group_size": 16} | options
     ours, exact = rtn_quantize(W, bits=bits, **options), reference.rtn_quantize(W.double(), bits=bits, **options)
     ratio = W.double() / exact.scales[..., exact.g_idx[0].long()]
@@ -148,7 +149,7 @@ def test_foem_with_beta_0_and_gptaq_with_alpha_0_are_gptq(options):
         assert all(torch.equal(a, b) for a, b in zip(plain, q, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"desc_act": True, "method": "foem"}, {"group_size": 150},
+@pytest.mark.parametrize("options", [{}, {"desc_act": True, "method": "foem"}, {"group_size": 90},
                                      {"method": "foem+gptaq", "act_group_aware": True}], ids=str)  # fmt: skip
 def test_a_batch_equals_a_loop_code_for_code(options):
     W, H, D = problem(3, rows=37, n=170)

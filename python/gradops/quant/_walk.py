@@ -37,12 +37,13 @@ def _gptq_columns(w: Tensor, u: Tensor, pull: Tensor | None, scale: Tensor | Non
                   group: Tensor | None, unit: Tensor | None, group_size: int, block_size: int, fresh: bool, bits: int,
                   symmetric: bool, one_sided: bool, mse: float, grid: int, scale_type: int, beta: float,
                   pull_first: bool, latent_rounded: bool) -> tuple[Tensor, ...]:
-    lead, (rows, n) = w.shape[:-2], w.shape[-2:]
+    lead, n = w.shape[:-2], w.shape[-1]
 
     def three(x: Tensor | None, keep: int = 2) -> Any:
         return None if x is None else x.reshape(lead.numel(), *x.shape[x.dim() - keep :])
 
-    u, pull, scale, zero, group, unit = three(u), three(pull), three(scale), three(zero), three(group, 1), three(unit, 0)
+    u, pull, scale, zero = three(u), three(pull), three(scale), three(zero)
+    group, unit = three(group, 1), three(unit, 0)
     original = three(w) if beta != 0 else None
     w = three(w).clone(memory_format=torch.contiguous_format)  # becomes what compensation makes of it
     options = (bits, symmetric, one_sided, mse, grid, scale_type)

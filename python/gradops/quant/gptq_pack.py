@@ -58,15 +58,16 @@ def pack_gptq(q: QuantizedWeight, *, bits: int, checkpoint_format: str = "gptq")
     check_one_of(checkpoint_format, "checkpoint_format", FORMATS)
     scales, zeros = q.scales.mT.to(torch.float16).contiguous(), q.zeros.mT
     if not bool(((scales > 0) & scales.isfinite()).all()):
-        raise ValueError("q.scales must be positive finite numbers in float16; quantise with scale_dtype=torch.float16, "
+        raise ValueError("q.scales must be positive finite numbers in float16 (quantise with "
+                         "scale_dtype=torch.float16), "
                          f"got scales from {float(q.scales.min())} to {float(q.scales.max())}")
     most = 2**bits - 1
     if q.codes.numel() and int(q.codes.max()) > most:
         raise ValueError(f"q.codes must be at most {most} with bits={bits}, got {int(q.codes.max())}")
     low, high = (0, most) if checkpoint_format == "gptq_v2" else (1, most + 1)
     if not bool(((zeros >= low) & (zeros <= high)).all()):
-        raise ValueError(f"q.zeros must be {low} to {high} with bits={bits} and checkpoint_format={checkpoint_format!r}, "
-                         f"got {float(zeros.min())} to {float(zeros.max())}")
+        raise ValueError(f"q.zeros must be {low} to {high} with bits={bits} and "
+                         f"checkpoint_format={checkpoint_format!r}, got {float(zeros.min())} to {float(zeros.max())}")
     stored = (zeros - low).round().to(torch.uint8)
     return {"qweight": _pack(q.codes, bits, True), "qzeros": _pack(stored, bits, False), "scales": scales,
             "g_idx": q.g_idx}  # fmt: skip

@@ -8,7 +8,15 @@ from .._checks import check_one_of
 from .._op import refuse_derivative
 from ..linalg.newton_schulz import _matmul_precision
 from ._columns import (
-    GRIDS, METHODS, MOST_BLOCK, SCALE_DTYPES, QuantizedWeight, check_grid, check_scales, check_square, column_order,
+    GRIDS,
+    METHODS,
+    MOST_BLOCK,
+    SCALE_DTYPES,
+    QuantizedWeight,
+    check_grid,
+    check_scales,
+    check_square,
+    column_order,
     nvfp4_unit,
 )  # fmt: skip
 from ._factor import factor as hessian_factor
@@ -45,7 +53,8 @@ def gptq_quantize(
         bits: 2 to 8.
         group_size: inputs that share a scale; -1: all of them. The last group may be shorter.
         sym: the zero point is ``2^(bits-1)``; otherwise one is chosen with each scale.
-        desc_act: inputs with the largest ``H_ii`` first; groups are then of inputs that follow each other in that order.
+        desc_act: inputs with the largest ``H_ii`` first; groups are then of inputs that follow each other in that
+            order.
         static_groups: scales are chosen from ``W`` before anything moves, for groups of neighbouring inputs.
         act_group_aware: the largest ``H_ii`` first inside every group, and the groups by their largest (GAR,
             arXiv 2505.14638): most of what ``desc_act`` gains, with groups of neighbours.

@@ -84,7 +84,8 @@ def gptq_quantize(
         found = fixed if fixed is not None else [chosen[k] for k in range(len(chosen))]
         if fixed is None and act_group_aware:
             found = [chosen[int(k)] for k in (order[::g] // g).argsort()]
-        scale, zero = (torch.stack(x, -1) if found else w.new_zeros(rows, 0) for x in (zip(*found) if found else ((), ())))
+        pairs = zip(*found, strict=True) if found else ((), ())
+        scale, zero = (torch.stack(x, -1) if found else w.new_zeros(rows, 0) for x in pairs)
         q = torch.where(loss.isfinite()[:, None], q, torch.nan)
         results.append((codes.to(torch.uint8)[:, back], scale, zero, g_idx.int(), q[:, back].to(W.dtype), loss,
                         torch.tensor(info, dtype=torch.int32, device=w.device)))  # fmt: skip

@@ -26,8 +26,8 @@ def pack_gptq(q: QuantizedWeight, *, bits: int, checkpoint_format: str = "gptq")
 def unpack_gptq(tensors: dict[str, Tensor], *, bits: int, checkpoint_format: str = "gptq") -> QuantizedWeight:
     scales, g_idx = tensors["scales"].mT.float(), tensors["g_idx"]
     codes = _to_codes(tensors["qweight"].mT, bits, g_idx.shape[-1])
-    zeros = (_to_codes(tensors["qzeros"], bits, scales.shape[-2]) + (1 if checkpoint_format == "gptq" else 0)).mT.float()
+    zeros = _to_codes(tensors["qzeros"], bits, scales.shape[-2]).mT.float() + (checkpoint_format == "gptq")
     where = g_idx.long()[..., None, :].expand(codes.shape)
     weight = scales.take_along_dim(where, -1) * (codes - zeros.take_along_dim(where, -1))
-    loss = torch.zeros_like(weight[..., 0])
-    return QuantizedWeight(codes.to(torch.uint8), scales, zeros, g_idx, weight, loss, torch.zeros(weight.shape[:-2]).int())
+    loss, info = weight.new_zeros(weight.shape[:-1]), weight.new_zeros(weight.shape[:-2], dtype=torch.int32)
+    return QuantizedWeight(codes.to(torch.uint8), scales, zeros, g_idx, weight, loss, info)
