@@ -11,7 +11,7 @@ namespace gradops {
 struct SpreadTask {
   float* w;
   const float *e, *u;
-  int64_t w_batch, w_row, e_batch, e_row, u_batch, u_row;  // distances in elements
+  int64_t w_batch, w_row, e_batch, e_row, u_batch, u_row, u_col;  // distances in elements
   int64_t batch, rows, cols, depth;
   bool add;
 };

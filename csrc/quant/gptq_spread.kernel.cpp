@@ -69,8 +69,8 @@ void gptq_spread_range(const SpreadTask& t, int64_t begin, int64_t end, char* sc
     const int64_t item = n / panels, first = n % panels * kWidth;
     const int64_t cols = t.cols - first < kWidth ? t.cols - first : kWidth;
     for (int64_t k = 0; k < t.depth; ++k) {
-      const float* from = t.u + item * t.u_batch + k * t.u_row + first;
-      for (int64_t c = 0; c < kWidth; ++c) packed[k * kWidth + c] = c < cols ? from[c] : 0.f;
+      const float* from = t.u + item * t.u_batch + k * t.u_row + first * t.u_col;
+      for (int64_t c = 0; c < kWidth; ++c) packed[k * kWidth + c] = c < cols ? from[c * t.u_col] : 0.f;
     }
     float* w = t.w + item * t.w_batch + first;
     const float* e = t.e + item * t.e_batch;

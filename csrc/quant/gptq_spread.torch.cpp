@@ -17,10 +17,9 @@ void gptq_spread_(Tensor w, const Tensor& e_in, const Tensor& u_in, bool add) {
                   "gptq_spread_: shapes do not fit: w (b, m, n), e (b, m, k), u (b, k, n)");
   STD_TORCH_CHECK(cols <= 1 || w.stride(2) == 1, "gptq_spread_: the columns of w must lie side by side");
   const Tensor e = depth <= 1 || e_in.stride(2) == 1 ? e_in : torch::stable::contiguous(e_in);
-  const Tensor u = cols <= 1 || u_in.stride(2) == 1 ? u_in : torch::stable::contiguous(u_in);
   cpu::gptq_spread({static_cast<float*>(w.mutable_data_ptr()), static_cast<const float*>(e.const_data_ptr()),
-                    static_cast<const float*>(u.const_data_ptr()), w.stride(0), w.stride(1), e.stride(0), e.stride(1),
-                    u.stride(0), u.stride(1), batch, rows, cols, depth, add});
+                    static_cast<const float*>(u_in.const_data_ptr()), w.stride(0), w.stride(1), e.stride(0),
+                    e.stride(1), u_in.stride(0), u_in.stride(1), u_in.stride(2), batch, rows, cols, depth, add});
 }
 
 }  // namespace

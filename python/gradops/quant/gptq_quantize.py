@@ -154,7 +154,7 @@ def gptq_quantize(
         elif given is None:  # groups of neighbours, met in another order
             where = (order[:, ::group] // group).argsort(-1)[:, None].expand(scale.shape)
             scale, zero = scale.take_along_dim(where, -1), zero.take_along_dim(where, -1)
-    q = torch.where(loss.isfinite()[..., None], q, torch.nan).to(W.dtype)
+    q = q.masked_fill_(~loss.isfinite()[..., None], torch.nan).to(W.dtype)
     results = codes, scale, zero, g_idx.int(), q, loss, info
     return QuantizedWeight(*(x.reshape((*lead, *x.shape[1:])) for x in results))
 
@@ -189,7 +189,7 @@ def rtn_quantize(
                                             0.0, False, False)  # fmt: skip
     if given is not None:
         scale, zero = given[:2]
-    q = torch.where(loss.isfinite()[..., None], q, torch.nan).to(W.dtype)
+    q = q.masked_fill_(~loss.isfinite()[..., None], torch.nan).to(W.dtype)
     return QuantizedWeight(codes, scale, zero, g_idx.int(), q, loss, loss.new_zeros(w.shape[:-2], dtype=torch.int32))
 
 
