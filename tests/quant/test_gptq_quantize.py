@@ -306,7 +306,7 @@ def test_products_are_float32_whatever_the_setting():
     (ValueError, "zeros go with scales", {"zeros": torch.ones(3, 1)}),
     (ValueError, r"scales must have shape .*\(3, 1\), got \(3, 2\)", {"scales": torch.ones(3, 2)}),
     (ValueError, "mse must be 0", {"mse": -1.0}),
-    (ValueError, "damp_percent must not be negative", {"damp_percent": -0.1}),
+    (ValueError, "damp_percent must be 0 to 1", {"damp_percent": -0.1}),
     (ValueError, "scale_dtype must be one of", {"scale_dtype": torch.int8}),
 ])  # fmt: skip
 def test_wrong_arguments(error, message, change):

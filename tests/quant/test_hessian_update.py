@@ -41,7 +41,7 @@ def run(ops, h, x, n_seen, mask=None, x_q=None, split=False):
     return ops.gptaq_cross_update_(h, x, x_q, n_seen, mask, split)
 
 
-@pytest.mark.parametrize("level", ["v4_bf16", "amx_twin"])
+@pytest.mark.parametrize("level", ["v4_bf16", pytest.param("amx_twin", marks=pytest.mark.slow)])
 def test_level(level):
     """The tests of this file that depend on the level, in a process that is forced to it."""
     if os.environ.get("GRADOPS_ISA") or level in torch.ops.gradops.isa():

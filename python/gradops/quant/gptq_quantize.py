@@ -19,8 +19,8 @@ from ._columns import (
     column_order,
     nvfp4_unit,
 )  # fmt: skip
-from ._factor import factor as hessian_factor
 from ._walk import gptq_block, gptq_columns
+from .hessian_factor import hessian_factor
 
 
 @torch.compiler.allow_in_graph
@@ -75,9 +75,7 @@ def gptq_quantize(
         compat: None, or ``"authors"``: groups of numbers ``>= 0`` with ``sym`` span ``[0, max]`` as in the GPTQ
             authors' code (and clip above half of it), and between blocks GPTAQ takes the rounded :math:`Q_j` for
             :math:`W_j` as in its authors' code.
-        damp_percent: :math:`\lambda` as a share of the mean of ``H_ii``.
-        damp_auto_increment: added to ``damp_percent``, up to 1, for items that are not positive definite; 0: no retry.
-        factor_dtype: of the factorisation; None: that of ``H``.
+        damp_percent, damp_auto_increment, factor_dtype: as in :func:`hessian_factor`.
         factor: :math:`U` itself, for several weights with the same inputs, in the order in which columns are taken.
         scale_dtype: scales are rounded to this (float32, float16 or bfloat16) before they are used, so that
             compensation sees the grid that a checkpoint holds. A scale is at least the smallest such number.
@@ -108,7 +106,7 @@ def gptq_quantize(
     group = check_grid(W, bits, group_size, mse, grid, scale_dtype)
     check_scales(W, scales, zeros, group)
     check_square(H, "H", W)
-    _check_options(W, D, factor, desc_act, act_group_aware, block_size, method, group_params, compat, damp_percent)
+    _check_options(W, D, factor, desc_act, act_group_aware, block_size, method, group_params, compat)
     refuse_derivative("gptq_quantize", W=W, H=H, D=D, scales=scales, zeros=zeros, factor=factor)
 
     lead, (rows, n) = W.shape[:-2], W.shape[-2:]
@@ -125,8 +123,11 @@ def gptq_quantize(
     unseen = dead.all(-1)
     order = column_order(diagonal + dead, group, desc_act, act_group_aware)
     if factor is None:
-        u, _, info = hessian_factor(_in_order(h, order), damp_percent=damp_percent,
-                                    damp_auto_increment=damp_auto_increment, factor_dtype=factor_dtype)  # fmt: skip
+        once = slice(1 if H.dim() == 2 else None)  # one Hessian for all is factored once
+        u, _, info = hessian_factor(_in_order(h[once], None if order is None else order[once]),
+                                    damp_percent=damp_percent, damp_auto_increment=damp_auto_increment,
+                                    factor_dtype=factor_dtype)  # fmt: skip
+        u, info = u.expand(h.shape), info.expand(items)
     else:
         u, info = square(factor), torch.where(unseen, 3, -dead.sum(-1)).int()
     u = u.float()
@@ -194,7 +195,7 @@ def rtn_quantize(
 
 
 def _check_options(W: Tensor, D: Tensor | None, factor: Tensor | None, desc_act: bool, act_group_aware: bool,
-                   block_size: int, method: str, group_params: str, compat: str | None, damp_percent: float) -> None:
+                   block_size: int, method: str, group_params: str, compat: str | None) -> None:
     check_one_of(method, "method", METHODS)
     check_one_of(group_params, "group_params", ("fresh", "block"))
     check_one_of(compat, "compat", (None, "authors"))
@@ -202,8 +203,6 @@ def _check_options(W: Tensor, D: Tensor | None, factor: Tensor | None, desc_act:
         raise ValueError(f"block_size must be 1 to {MOST_BLOCK}, got {block_size}")
     if desc_act and act_group_aware:
         raise ValueError("desc_act and act_group_aware are two orders of the columns, got both")
-    if not damp_percent >= 0:
-        raise ValueError(f"damp_percent must not be negative, got {damp_percent}")
     if method.endswith("gptaq") and D is None:
         raise ValueError(f"method={method!r} needs D, got None")
     if not method.endswith("gptaq") and D is not None:
