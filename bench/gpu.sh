@@ -82,5 +82,7 @@ if [[ -n $sanitizer ]]; then
 else
   echo "memcheck, racecheck: not run, no compute-sanitizer here" | tee -a "$OUT/stages.txt"
 fi
-stage bench 200 "$VENV/bin/gradops" bench --device cuda --json "$OUT/bench.json" --plot "$OUT/bench.png"
+for family in rl linalg optim; do
+  stage "bench-$family" 90 "$VENV/bin/gradops" bench $family --device cuda --json "$OUT/$family.json" --plot "$OUT/$family.png"
+done
 finish

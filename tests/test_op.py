@@ -182,6 +182,32 @@ def test_results_do_not_depend_on_the_number_of_threads(name):
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for r in results for a, b in zip(r, results[0], strict=True))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@where(lambda c: c.own_bits)
+def test_on_cuda_it_is_captured_and_waits_for_nothing(name):
+    c = CALLS[name]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gradops::{name}", "CUDA"):
+        pytest.skip("CPU only")
+
+    def outputs(args):
+        y = raw(name)(*args)
+        return [y] if isinstance(y, torch.Tensor) else list(y or [])
+
+    args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in c.raw(c.example())]
+    outputs(args)  # the first launch loads the kernel
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = outputs(args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph.replay()
+    for y, want in zip(captured, outputs(c.raw(c.example())), strict=True):
+        torch.testing.assert_close(y.cpu(), want, equal_nan=True)
+
+
 def test_a_level_that_cannot_run_is_an_error():
     code = "import torch, gradops; torch.ops.gradops.isa()"
     done = subprocess.run([sys.executable, "-c", code], env={"GRADOPS_ISA": "v9", "PATH": ""}, capture_output=True,

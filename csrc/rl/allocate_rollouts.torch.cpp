@@ -1,5 +1,7 @@
 #include "rl/allocate_rollouts.h"
 
+#include <stdexcept>
+
 #include "common/torch_op.h"
 
 #if GRADOPS_BACKEND_ID == 1  // a plan is made on the host
@@ -16,8 +18,9 @@ Tensor allocate_rollouts(const Tensor& p_in, int64_t budget, int64_t low, int64_
                   ", got ", budget);
   const double* data = static_cast<const double*>(p.const_data_ptr());
   for (int64_t i = 0; i < prompts; ++i)
-    STD_TORCH_CHECK(data[i] >= 0 && data[i] <= 1, "allocate_rollouts: p must be in [0, 1], got ", data[i], " at index ",
-                    i);
+    if (!(data[i] >= 0 && data[i] <= 1))
+      throw std::runtime_error("p must be in [0, 1], got " + std::to_string(data[i]) + " at index " +
+                               std::to_string(i));
   Tensor counts = empty(p, {prompts}, ScalarType::Long);
   cpu::allocate_rollouts({data, static_cast<int64_t*>(counts.mutable_data_ptr()), prompts, budget, low, high, exact});
   return counts;

@@ -56,8 +56,9 @@ struct Sequence {
   }
 };
 
+// The loops over a tile are functions of their own: compiled once for each of their kinds, not of `sequence`'s.
 template <class T, class C>
-void gather_log_ratio(const Sequence<T>& q, int64_t at, int n, Tile<C>& tile) {
+[[gnu::noinline]] void gather_log_ratio(const Sequence<T>& q, int64_t at, int n, Tile<C>& tile) {
   const T* logp = q.logp + at;
   const C* old_logp = q.old_logp + (q.old_logp ? at : 0);
   const uint8_t* mask = q.mask ? q.mask + at : nullptr;
@@ -68,7 +69,7 @@ void gather_log_ratio(const Sequence<T>& q, int64_t at, int n, Tile<C>& tile) {
 }
 
 template <PolicyObjective kObjective, class T, class C>
-void gather_rest(const Sequence<T>& q, int64_t at, int n, Tile<C>& tile) {
+[[gnu::noinline]] void gather_rest(const Sequence<T>& q, int64_t at, int n, Tile<C>& tile) {
   const T* logp = q.logp + at;
   const C *advantage = q.advantage + (q.advantage ? at : 0), *weight = q.weight + (q.weight ? at : 0),
           *ref_logp = q.ref_logp + (q.ref_logp ? at : 0);
@@ -91,7 +92,7 @@ void gather_rest(const Sequence<T>& q, int64_t at, int n, Tile<C>& tile) {
 
 // Losses, slopes and statistics of a tile; the ratio is that of each token, or the sequence's.
 template <PolicyObjective kObjective, bool kShared, class C>
-void evaluate(Tile<C>& tile, int n, TokenRule<C> rule) {
+[[gnu::noinline]] void evaluate(Tile<C>& tile, int n, TokenRule<C> rule) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     const C d = tile.log_ratio[i];
@@ -107,7 +108,7 @@ void evaluate(Tile<C>& tile, int n, TokenRule<C> rule) {
 
 // Adds the KL term to losses and slopes; without `before`, the slopes were zero.
 template <PolicyKl kKl, class C>
-void add_kl(Tile<C>& tile, int n, C beta, bool before) {
+[[gnu::noinline]] void add_kl(Tile<C>& tile, int n, C beta, bool before) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     const C u = tile.u[i];
@@ -120,7 +121,7 @@ void add_kl(Tile<C>& tile, int n, C beta, bool before) {
 }
 
 template <class C>
-void store(C* to, const C* from, const uint8_t* mask, int n, C factor) {
+[[gnu::noinline]] void store(C* to, const C* from, const uint8_t* mask, int n, C factor) {
   if (mask) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {

@@ -185,7 +185,7 @@ def train_all(steps: int) -> list[Run]:
 
 
 def summary(runs: list[Run]) -> Table:
-    table = Table(title="Means of the first and last 20 steps; accuracy of greedy answers to questions never trained on")
+    table = Table(title="Means of the first and last 20 steps; accuracy: greedy answers, questions never trained on")
     for name in ("advantages", "loss"):
         table.add_column(name)
     for name in ("first rewards", "last rewards", "stepwise", "accuracy", "seconds"):

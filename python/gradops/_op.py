@@ -23,7 +23,8 @@ def needs_derivative(*tensors: Tensor) -> bool:
         if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
             # torch does not differentiate the jvp of an autograd.Function in forward mode: it would be 0
             raise RuntimeError("forward-mode derivatives of forward-mode derivatives (torch.func.jvp or jacfwd inside "
-                               "another) are not supported; make one of the two reverse-mode, as torch.func.hessian does")
+                               "another) are not supported; take one of the two in reverse mode, as "
+                               "torch.func.hessian does")
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 

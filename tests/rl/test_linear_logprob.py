@@ -197,7 +197,7 @@ def test_bad_input():
         with pytest.raises(error, match=next(iter(bad))):
             linear_logprob(hidden, weight, targets, **bad)
     for target in (-1, 5):
-        with pytest.raises(RuntimeError, match=r"\[0, 5\)"):
+        with pytest.raises(ValueError, match=r"targets must be in \[0, 5\)"):
             linear_logprob(hidden, weight, torch.full((3,), target))
 
 

@@ -56,7 +56,8 @@ def grouping(rewards: Tensor, offsets: Any, ids: Any, group_size: int | None,
         return None, None, None, group_size
     if isinstance(ids, tuple | list):
         if len(ids) != 2:
-            raise ValueError(f"ids must be a tensor or a pair of tensors, got {len(ids)} of them")
+            raise ValueError("ids must be a tensor or a pair of tensors (group_index makes one of strings), got "
+                             f"{type(ids).__name__} of {len(ids)}")
         return None, check_labels(ids[0], "ids[0]", rewards), check_labels(ids[1], "ids[1]", rewards), 1
     return None, check_labels(ids, "ids", rewards), None, 1
 

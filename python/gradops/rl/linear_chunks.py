@@ -50,6 +50,10 @@ def _logits(hidden: Tensor, weight: Tensor, chunk_rows: int, dtype: torch.dtype)
 
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float,
             entropy: bool, moments: bool, partial: bool, chunk_rows: int, fast: bool) -> tuple[Tensor, ...]:
+    if hidden.is_cpu and not partial and targets.numel():
+        low, high = (int(x) for x in targets.aminmax())
+        if low < 0 or high >= len(weight):
+            raise ValueError(f"targets must be in [0, {len(weight)}), got {low if low < 0 else high}")
     buffer = _logits(hidden, weight, chunk_rows, hidden.dtype if fast and hidden.is_cpu else _wide(hidden.dtype))
     parts = []
     for rows in _chunks(len(hidden), chunk_rows):

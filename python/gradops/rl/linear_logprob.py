@@ -94,8 +94,9 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
 
     Raises:
         TypeError: an argument is no dense tensor of its kind, or dtypes differ.
-        ValueError: shapes, devices, names or numbers do not fit; with ``group``, on CPU, a target of no rank.
-        RuntimeError: on CPU: a target outside [0, V). On CUDA it gets logp = NaN. A second derivative is asked for.
+        ValueError: shapes, devices, names or numbers do not fit; on CPU, a target outside [0, V) (with ``group``, of
+            no rank), which on CUDA gets logp = NaN.
+        RuntimeError: a second derivative is asked for.
 
     Products of float32 input are in float32 (on CUDA as torch's settings say), those of 16-bit input are exact with
     sums in float32. Logits are float32, also for 16-bit input: logp is then as accurate as the input allows, about

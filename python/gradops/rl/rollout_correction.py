@@ -23,7 +23,7 @@ _op = register("rollout_correction", fake=_fake, vmap=False)
 
 @torch.compiler.allow_in_graph
 def rollout_correction(
-    old_logp: Tensor, rollout_logp: Tensor, *, cu_seqlens: Tensor | None = None, mask: Tensor | None = None,
+    old_logp: Tensor, rollout_logp: Tensor, cu_seqlens: Tensor | None = None, *, mask: Tensor | None = None,
     mode: str = "token_truncate", low: float | None = None, high: float | None = 2.0, veto: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     r"""Weights that correct for rollouts made by another policy, or another engine, than the one that is trained.

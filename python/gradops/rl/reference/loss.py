@@ -111,7 +111,7 @@ def _kl(logp: Tensor, ref: Tensor, kl: str | None) -> Tensor:
 
 
 def rollout_correction(
-    old_logp: Tensor, rollout_logp: Tensor, *, cu_seqlens: Tensor | None = None, mask: Tensor | None = None,
+    old_logp: Tensor, rollout_logp: Tensor, cu_seqlens: Tensor | None = None, *, mask: Tensor | None = None,
     mode: str = "token_truncate", low: float | None = None, high: float | None = 2.0, veto: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = torch.promote_types(old_logp.dtype, torch.float32)
