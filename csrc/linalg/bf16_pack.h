@@ -2,8 +2,8 @@
 #pragma once
 #include <math.h>
 
+#include "common/bf16_blocks.h"
 #include "common/element.h"
-#include "linalg/bf16_blocks.h"
 
 namespace gradops {
 namespace {

@@ -8,7 +8,7 @@
 // mirrored. The conversions of a finished block run during the products of the next one.
 #include "linalg/newton_schulz.h"
 
-#include "linalg/bf16_multiply.h"
+#include "common/bf16_multiply.h"
 #include "linalg/bf16_pack.h"
 
 namespace gradops {

@@ -1,7 +1,7 @@
 // The full-precision engine: iterates in float, or in double for f64 input.
 //
 // Y = X^T (so Y is the matrix itself if it is tall) has l rows and s <= l columns, and is stored in
-// panels (linalg/simd_gemm.h). One step is
+// panels (common/simd_gemm.h). One step is
 //   A = Y^T Y,   B = b A + c A A,   Y <- a Y + Y B
 // A and B are symmetric: blocks on and below the diagonal are computed and mirrored.
 //
@@ -11,8 +11,8 @@
 // Phases: sums of squares, packing, those of the steps, unpacking.
 #include "linalg/newton_schulz.h"
 
+#include "common/simd_gemm.h"
 #include "common/widen.h"
-#include "linalg/simd_gemm.h"
 
 namespace gradops {
 namespace {

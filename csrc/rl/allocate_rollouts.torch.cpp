@@ -19,7 +19,8 @@ Tensor allocate_rollouts(const Tensor& p_in, int64_t budget, int64_t low, int64_
   const double* data = static_cast<const double*>(p.const_data_ptr());
   for (int64_t i = 0; i < prompts; ++i)
     if (!(data[i] >= 0 && data[i] <= 1))
-      throw std::runtime_error("p must be in [0, 1], got " + std::to_string(data[i]) + " at index " + std::to_string(i));
+      throw std::runtime_error("p must be in [0, 1], got " + std::to_string(data[i]) + " at index " +
+                               std::to_string(i));
   Tensor counts = empty(p, {prompts}, ScalarType::Long);
   cpu::allocate_rollouts({data, static_cast<int64_t*>(counts.mutable_data_ptr()), prompts, budget, low, high, exact});
   return counts;

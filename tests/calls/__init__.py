@@ -20,6 +20,7 @@ class Call:
     derivatives: how often `public` can be differentiated in the tensor; with 0 it must raise instead.
     own_bits: every number is computed by kernels of ours, so that threads cannot change a bit.
     vmap: False for an op on ragged groups, which has no batch dimension to put in front.
+    floating: False for an op on integers, of which nobody can ask a derivative.
     """
 
     raw: Callable[[Tensor], tuple[Any, ...]]
@@ -29,3 +30,4 @@ class Call:
     derivatives: int = 2
     own_bits: bool = True
     vmap: bool = True
+    floating: bool = True

@@ -8,7 +8,7 @@
 // may neither touch `out` nor write `left` and `right`.
 #pragma once
 #include "common/amx.h"
-#include "linalg/bf16_blocks.h"
+#include "common/bf16_blocks.h"
 
 namespace gradops {
 namespace {
@@ -28,7 +28,8 @@ struct Spread {
   }
 };
 
-constexpr long kPanelsBeyondL2 = 8;  // of the right operand, for one pass over the left one
+constexpr long kPanelsBeyondL2 = 8;     // of the right operand, for one pass over the left one
+constexpr long kTermsPerAddition = 32;  // products that are summed before they are added to the sums so far
 
 // Tiles 0 .. 3 are the result (upper even, upper odd, lower even, lower odd), 4 and 5 the left
 // operand, 6 and 7 the right one.
@@ -80,6 +81,7 @@ GRADOPS_INLINE inline void multiply(const char* left, const char* right, long n,
 // vdpbf16ps reads the same layouts: a dword of a row of the left block, broadcast, times a row of
 // each right tile. Eight rows at a time: 16 sums, and fewer than two loads for every three products.
 constexpr long kPanelsBeyondL2 = 4;  // of the right operand, for one pass over the left one
+constexpr long kTermsPerAddition = 2;
 constexpr int kRows = 8;
 using Sums = __m512[kRows][2];
 

@@ -1,0 +1,58 @@
+// hessian_mirror.h: copies what is below the diagonal of a row-major matrix above it.
+// For *.kernel.cpp only: everything is local to the file that includes it.
+#pragma once
+#include "common/simd.h"
+
+namespace gradops {
+namespace {
+
+constexpr int64_t kMirrorBlock = 64;
+inline int64_t mirror_units(int64_t n) {
+  const int64_t b = (n + kMirrorBlock - 1) / kMirrorBlock;
+  return b * (b + 1) / 2;
+}
+
+template <class A>
+inline Vec<A> load_any(const A* p) {
+  Vec<A> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class A>
+inline void store_any(A* p, Vec<A> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// Rows i to i1 and columns j to j1, to rows j and columns i.
+template <class A>
+inline void mirror_block(A* h, int64_t n, int64_t i, int64_t i1, int64_t j, int64_t j1) {
+  constexpr int W = kLanes<A>;
+  Vec<A> block[W];
+  for (int64_t r = i; r < i1; r += W)
+    for (int64_t c = j; c < j1; c += W) {
+      if (r + W <= i1 && c + W <= j1 && r > c) {
+        for (int k = 0; k < W; ++k) block[k] = load_any(h + (r + k) * n + c);
+        transpose<A>(block);
+        for (int k = 0; k < W; ++k) store_any(h + (c + k) * n + r, block[k]);
+      } else {
+        for (int64_t a = r; a < r + W && a < i1; ++a)
+          for (int64_t b = c; b < c + W && b < j1 && b < a; ++b) h[b * n + a] = h[a * n + b];
+      }
+    }
+}
+
+// Units: blocks on and below the diagonal, row by row.
+template <class A>
+void mirror_range(A* h, int64_t n, int64_t begin, int64_t end) {
+  int64_t row = 0;
+  while ((row + 1) * (row + 2) / 2 <= begin) ++row;
+  int64_t col = begin - row * (row + 1) / 2;
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t i = row * kMirrorBlock, j = col * kMirrorBlock;
+    mirror_block(h, n, i, i + kMirrorBlock < n ? i + kMirrorBlock : n, j, j + kMirrorBlock < n ? j + kMirrorBlock : n);
+    if (++col > row) ++row, col = 0;
+  }
+}
+
+}  // namespace
+}  // namespace gradops

@@ -1,0 +1,200 @@
+"""The triangular factor that second-order compensation walks along, by one Cholesky factorisation."""
+import torch
+from torch import Tensor
+
+from .._checks import check_tensor
+from .._op import _library, refuse_derivative, register
+from ..linalg.newton_schulz import _matmul_precision
+
+NOT_DEFINITE, NOT_FINITE, UNSEEN = 1, 2, 3  # info
+_BLOCK = 128
+
+_library.define("hessian_factor(Tensor H, float damp_percent, float damp_auto_increment, bool inverse) "
+                "-> (Tensor, Tensor, Tensor)")
+
+
+@torch.library.impl(_library, "hessian_factor", "CompositeExplicitAutograd")
+def _hessian_factor(H: Tensor, damp_percent: float, damp_auto_increment: float,
+                    inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    n = H.shape[-1]
+    h = H.reshape(H.shape[:-2].numel(), n, n)
+    factor = torch.empty_like(h, memory_format=torch.contiguous_format)
+    if len(h) == 0:
+        return _fake(H, damp_percent, damp_auto_increment, inverse)
+    # Item by item, as LAPACK does anyway: an item of a batch gets the bits that it gets alone.
+    step = 1 if H.device.type == "cpu" else len(h)
+    with _matmul_precision("highest"):
+        parts = [_factor(x, out, damp_percent, damp_auto_increment, inverse)
+                 for x, out in zip(h.split(step), factor.split(step), strict=True)]  # fmt: skip
+    damp = torch.cat([part[0] for part in parts])
+    info = torch.cat([part[1] for part in parts])
+    return factor.view(H.shape), damp.view(H.shape[:-2]), info.view(H.shape[:-2])
+
+
+def _fake(H: Tensor, damp_percent: float, damp_auto_increment: float, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return (torch.empty_like(H, memory_format=torch.contiguous_format),
+            H.new_empty(H.shape[:-2], dtype=torch.float64), H.new_empty(H.shape[:-2], dtype=torch.int32))
+
+
+_op = register("hessian_factor", fake=_fake)
+
+
+@torch.compiler.allow_in_graph
+def hessian_factor(H: Tensor, *, damp_percent: float = 0.01, damp_auto_increment: float = 0.0,
+                   factor_dtype: torch.dtype | None = None, inverse: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Factors the damped inverse of each Hessian, in one Cholesky factorisation in place of the usual two.
+
+    .. math:: U^\top U = (H + \lambda I)^{-1}, \qquad U \text{ upper triangular}, \qquad
+              \lambda = p\,\frac{1}{N}\sum_i H_{ii}
+
+    :math:`U = R^{-1}` with :math:`H + \lambda I = R R^\top`, :math:`R` upper triangular: the Cholesky factorisation
+    from the last column to the first. ``inverse=False`` returns :math:`R` itself, from which the same compensation
+    can be had block by block with inverses of diagonal blocks only.
+
+    A batch never fails as a whole: an item without a factor gets the identity, with which compensation moves nothing,
+    and ``info`` says why.
+
+    Args:
+        H: ``(..., N, N)``, symmetric, as made by :func:`hessian_update_`; float32 or float64. Not modified. Columns
+            that never saw an input (``H_ii = 0``) are taken with ``H_ii = 1``, which also counts in the mean, as in
+            the GPTQ authors' code.
+        damp_percent: :math:`p`, a share of the mean of the diagonal (0.01: the GPTQ authors, llm-compressor;
+            GPTQModel takes 0.05).
+        damp_auto_increment: added to :math:`p`, up to 1, for items that are not positive definite, and only for those,
+            until they are; 0: no second try.
+        factor_dtype: float32 or float64, of the factorisation and the result; None: that of ``H``. In float64 the
+            relative error falls to that of ``H``: with 256 tokens, ``N = 1024`` and :math:`p = 0.01` from 1.3e-4 to
+            5e-5 for ``H`` summed in float32, and to 8e-6 for ``H`` summed in float64.
+        inverse: return :math:`U`; else :math:`R`, for about half of the time.
+
+    Returns:
+        The factor, ``(..., N, N)``, zero below the diagonal; the share :math:`p` that was used, ``(...)``, float64, NaN
+        for items without a factor; and ``info``, ``(...)``, int32: 0, or ``-k`` if ``k`` columns never saw an input,
+        or without a factor 1: not positive definite, 2: ``H`` is not finite, 3: no column ever saw an input.
+
+    Raises:
+        TypeError: ``H`` is no dense float32 or float64 tensor, ``factor_dtype`` is neither.
+        ValueError: ``H`` is not square, ``damp_percent`` or ``damp_auto_increment`` is negative or above 1.
+        RuntimeError: a derivative is asked for.
+
+    :math:`N^3 / 6` multiplications and additions for :math:`R`, at least as many again for :math:`U` (chol, inverse and
+    chol again: :math:`2 N^3 / 3`). On CUDA, nothing waits for the device unless ``damp_auto_increment > 0``. Frantar et
+    al., GPTQ (arXiv 2210.17323), section 3.3.
+
+    Example:
+        >>> import torch
+        >>> from gradops.quant import hessian_factor
+        >>> H = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+        >>> U, damp, info = hessian_factor(H, damp_percent=0.0)
+        >>> torch.testing.assert_close(U.T @ U, H.inverse())
+        >>> int(info)
+        0
+    """
+    check_tensor(H, "H")
+    for dtype, name in ((H.dtype, "H"), (factor_dtype or H.dtype, "factor_dtype")):
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64, got {dtype}")
+    if H.dim() < 2 or H.shape[-1] != H.shape[-2]:
+        raise ValueError(f"H must have shape (..., N, N), got {tuple(H.shape)}")
+    for value, name in ((damp_percent, "damp_percent"), (damp_auto_increment, "damp_auto_increment")):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be 0 to 1, got {value}")
+    refuse_derivative("hessian_factor", H=H)
+    return _op(H.to(factor_dtype or H.dtype), float(damp_percent), float(damp_auto_increment), bool(inverse))
+
+
+def _factor(h: Tensor, out: Tensor, percent: float, increment: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Of one item, or of all on CUDA."""
+    n = h.shape[-1]
+    diagonal = h.diagonal(0, -2, -1)
+    dead = diagonal == 0
+    count = dead.sum(-1)
+    finite = h.isfinite().flatten(1).all(-1)
+    info = torch.where(finite, torch.where((count == n) & (n > 0), UNSEEN, -count), NOT_FINITE).int()
+    diagonal = diagonal + dead
+    mean = diagonal.mean(-1) if n else diagonal.sum(-1)
+    damp = h.new_full((len(h),), percent, dtype=torch.float64)
+
+    def attempt(which: slice | Tensor) -> Tensor:
+        """Factors these items into `out`; which of them are not definite."""
+        target = out[which].copy_(h[which])
+        added = damp[which].to(h.dtype) * mean[which]
+        target.diagonal(0, -2, -1).copy_(diagonal[which] + added[:, None])
+        bad = info[which] > 0
+        if h.device.type != "cpu":
+            target.masked_fill_(bad[:, None, None], 0).diagonal(0, -2, -1).masked_fill_(bad[:, None], 1)
+        failed = bad if h.device.type == "cpu" and bool(bad) else _reversed_cholesky_(target) & ~bad
+        if not isinstance(which, slice):
+            out[which] = target
+        return failed & ~bad
+
+    failed = attempt(slice(None))
+    tries = 0
+    while increment > 0 and percent + (tries + 1) * increment <= 1 and bool(failed.any()):
+        tries += 1
+        again = slice(None) if len(h) == 1 else failed.nonzero()[:, 0]
+        damp[again] = percent + tries * increment
+        failed[again] = attempt(again)
+    info = torch.where(failed, NOT_DEFINITE, info)
+    bad = info > 0
+    if h.device.type == "cpu":
+        if bool(bad):
+            out.zero_().diagonal(0, -2, -1).fill_(1)
+        elif inverse:
+            _invert_(out)
+    else:
+        out.masked_fill_(bad[:, None, None], 0).diagonal(0, -2, -1).masked_fill_(bad[:, None], 1)
+        if inverse:
+            _invert_(out)
+    return damp.masked_fill(bad, torch.nan), info
+
+
+def _reversed_cholesky_(h: Tensor) -> Tensor:
+    """h <- R upper with R R^T = h, item by item; which items have none. Only the upper triangle is read."""
+    n = h.shape[-1]
+    failed = torch.zeros(len(h), dtype=torch.bool, device=h.device)
+    if n == 0:
+        return failed
+    # Right-looking, from the last block to the first. LAPACK alone reaches a quarter of the rate of products.
+    size = _BLOCK if h.device.type == "cpu" else n
+    for begin in range((n - 1) // size * size, -1, -size):
+        end = min(begin + size, n)
+        block = h[:, begin:end, begin:end]
+        lower, code = torch.linalg.cholesky_ex(block.mT.flip(-2, -1))
+        failed |= code > 0
+        block.copy_(lower.flip(-2, -1))
+        if begin == 0 or (h.device.type == "cpu" and bool(failed.all())):
+            continue
+        inverse = torch.linalg.solve_triangular(block, _identity(block), upper=True)
+        column = h[:, :begin, begin:end]
+        column.copy_(column @ inverse.mT)
+        for left in range(0, begin, 4 * size):  # what is left of the matrix, its upper triangle
+            right = min(left + 4 * size, begin)
+            h[:, :right, left:right].baddbmm_(column[:, :right], column[:, left:right].mT, alpha=-1)
+    h.triu_()
+    return failed
+
+
+def _identity(x: Tensor) -> Tensor:
+    return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
+
+
+def _invert_(r: Tensor) -> None:
+    """Upper triangular r <- r^-1, in halves: [A B; 0 C]^-1 = [A^-1, -A^-1 B C^-1; 0, C^-1]."""
+    n = r.shape[-1]
+    if n <= _BLOCK:
+        r.copy_(torch.linalg.solve_triangular(r, _identity(r), upper=True))
+        return
+    half = (n // _BLOCK + 1) // 2 * _BLOCK
+    a, b, c = r[:, :half, :half], r[:, :half, half:], r[:, half:, half:]
+    _invert_(a)
+    _invert_(c)
+    # Both triangles in strips: what is below their diagonals is not multiplied.
+    product = torch.empty_like(b)
+    for begin in range(0, c.shape[-1], step := max(_BLOCK, c.shape[-1] // 4)):
+        end = min(begin + step, c.shape[-1])
+        torch.bmm(b[:, :, :end], c[:, :end, begin:end], out=product[:, :, begin:end])
+    for begin in range(0, half, step := max(_BLOCK, half // 4)):
+        end = min(begin + step, half)
+        torch.bmm(a[:, begin:end, begin:], product[:, begin:], out=b[:, begin:end])
+    b.neg_()
