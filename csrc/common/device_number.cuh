@@ -31,6 +31,10 @@ __device__ inline __half from_double<__half>(double x) {
   return __float2half_rn(float(x));
 }
 
+// To the precision of its argument
+__device__ inline float exp_of(float x) { return expf(x); }
+__device__ inline double exp_of(double x) { return exp(x); }
+
 // Calls f(T()) on the host with the CUDA type of e.
 template <class F>
 void with_device_type(Element e, const F& f) {

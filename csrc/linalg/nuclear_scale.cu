@@ -7,9 +7,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kChunk = 16384;  // entries of one block
-struct Add {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) dot_chunks(const T* __restrict__ m, const T* __restrict__ u,

@@ -8,10 +8,7 @@ namespace gradops {
 namespace {
 
 constexpr int kThreads = 128, kChunk = 256;
-struct Add {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
-struct Larger {  // a NaN wins
+struct LargerOrNan {
   __device__ double operator()(double a, double b) const { return a > b || a != a ? a : b; }
 };
 
@@ -24,8 +21,8 @@ __device__ double shared_norm(int64_t cols, int first, int threads, double* scra
   s = all(s, Add());
   if (!is_double || (s > 1e-280 && s < 1e300) || s != s) return sqrt(s);
   double big = 0;  // squares have left the range of double: divide by the largest entry
-  for (int64_t c = first; c < cols; c += threads) big = Larger()(fabs(at(c)), big);
-  big = all(big, Larger());
+  for (int64_t c = first; c < cols; c += threads) big = LargerOrNan()(fabs(at(c)), big);
+  big = all(big, LargerOrNan());
   if (big == 0 || big > 1.7976931348623157e308) return big;
   s = 0;
   for (int64_t c = first; c < cols; c += threads) s += (at(c) / big) * (at(c) / big);

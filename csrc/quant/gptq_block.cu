@@ -16,9 +16,6 @@ struct Lesser {
 struct Greater {
   __device__ float operator()(float a, float b) const { return greater(a, b); }
 };
-struct Add {
-  __device__ float operator()(float a, float b) const { return a + b; }
-};
 
 // The scale of a group that a warp shares. each(f) calls f on this lane's numbers.
 template <bool kInteger, class Each>

@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class In, class A>
 void run(const HessianTask& t, const Counts& counts, void* stream) {
-  using T = std::conditional_t<sizeof(In) == 8, double, float>;
+  using T = Arithmetic<In>;
   const In *x = static_cast<const In*>(t.x), *x_q = static_cast<const In*>(t.x_q);
   A* h = static_cast<A*>(t.h);
   const auto lower = [](int64_t side) { return side * (side + 1) / 2; };

@@ -1,7 +1,6 @@
 // One block per token. The warps share the support, the lanes a row; sums over rows are made in double (over lanes in
 // the precision of the moments), in a fixed order.
 #include <cmath>
-#include <type_traits>
 
 #include "common/device_number.cuh"
 #include "common/reduce.cuh"
@@ -11,12 +10,6 @@ namespace gradops {
 namespace {
 
 constexpr int kThreads = 128;
-struct Add {
-  template <class T>
-  __device__ T operator()(T a, T b) const {
-    return a + b;
-  }
-};
 
 template <class Real>
 struct Out {
@@ -99,9 +92,6 @@ __global__ void __launch_bounds__(kThreads)
   out.put(n, advantage, scale * vv, scale * pv, scale * scale * pvv);
 }
 
-template <class T>
-using RealOf = std::conditional_t<sizeof(T) == 8, double, float>;
-
 template <class Real>
 Out<Real> typed(const CapoResults& out) {
   return {static_cast<Real*>(out.grad_dot), static_cast<Real*>(out.hess), static_cast<Real*>(out.fisher)};
@@ -113,7 +103,7 @@ void cuda::capo_curvature(const CapoTokens& t, const CapoAdam& adam, const CapoR
   if (t.tokens == 0) return;
   with_device_type(t.element, [&](auto type) {
     using T = decltype(type);
-    using Real = RealOf<T>;
+    using Real = Arithmetic<T>;
     launch(tokens<T, Real>, blocks(t.tokens), kThreads, 0, stream, t, adam, typed<Real>(out));
   });
 }
@@ -122,7 +112,7 @@ void cuda::capo_curvature_sgd(const CapoTokens& t, const CapoMoments& m, const C
   if (t.tokens == 0) return;
   with_device_type(t.element, [&](auto type) {
     using T = decltype(type);
-    using Real = RealOf<T>;
+    using Real = Arithmetic<T>;
     launch(closed<T, Real>, blocks(t.tokens), kThreads, 0, stream, t, static_cast<const Real*>(m.logp),
            static_cast<const Real*>(m.sum_p2), static_cast<const Real*>(m.sum_p3), typed<Real>(out));
   });

@@ -1,6 +1,5 @@
 // The places are sorted by row (by torch), then every row has blocks that find its places, sum them in order in double,
 // one column per thread, and update the row.
-#include <type_traits>
 
 #include "common/cuda_launch.h"
 #include "common/device_number.cuh"
@@ -75,7 +74,7 @@ void cuda::capo_update_sorted(const CapoUpdate& t, const int64_t* keys, const in
   const dim3 grid(blocks(t.count), unsigned(strips < 65535 ? strips : 65535));
   with_device_type(t.tokens.element, [&](auto type) {
     using T = decltype(type);
-    using Real = std::conditional_t<sizeof(T) == 8, double, float>;
+    using Real = Arithmetic<T>;
     launch(update_rows<T, Real>, grid, kThreads, 0, stream, t, keys, order);
   });
 }

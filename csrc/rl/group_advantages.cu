@@ -5,7 +5,6 @@
 // those into groups by a hash table in global memory, which fits whatever the labels are. The order in which atomics
 // happen to come decides where things lie, and nothing else.
 #include <cmath>
-#include <type_traits>
 
 #include "common/device_number.cuh"
 #include "common/reduce.cuh"
@@ -19,14 +18,8 @@ constexpr int kPerLane = 8;            // a team of lanes takes groups up to 8 t
 constexpr int64_t kOneLaunch = 65536;  // up to here every block measures the whole batch itself, where it must
 constexpr double kInf = HUGE_VAL;
 
-struct Add {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
 struct Smaller {
   __device__ double operator()(double a, double b) const { return a < b ? a : b; }
-};
-struct Larger {
-  __device__ double operator()(double a, double b) const { return a > b ? a : b; }
 };
 
 template <int L>
@@ -154,7 +147,7 @@ __device__ double spread_of(const GroupSums<double>& s, const GroupRule& rule) {
 // group: its number, where its statistics go.
 template <class T, class Team>
 __device__ void solve(const Team& team, const Members<T>& at, int64_t group, double batch_spread, bool blend) {
-  using Out = std::conditional_t<sizeof(T) == 8, double, float>;
+  using Out = Arithmetic<T>;
   const Task& t = at.t;
   const GroupRule& rule = t.rule;
   const GroupSums<double> s = measure(team, at, false);
@@ -208,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) whole_batch(const __grid_constant__ 
 // 0 for what is in no group because offsets do not reach from 0 to the end.
 template <class T>
 __device__ void zero_rest(const Task& t) {
-  using Out = std::conditional_t<sizeof(T) == 8, double, float>;
+  using Out = Arithmetic<T>;
   const int64_t n = t.items.items, *o = t.groups.offsets;
   if (!t.out || !o) return;
   const int64_t first = o[0], end = o[t.groups.groups];

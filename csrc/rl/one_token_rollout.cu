@@ -12,12 +12,6 @@ namespace {
 constexpr int kThreads = 256, kBatch = 8;  // logits per thread between two looks at the maximum
 constexpr int64_t kSegments = 4096;        // at most, of a row: their sums lie in shared memory
 
-struct Add {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
-struct Larger {
-  __device__ double operator()(double a, double b) const { return a > b ? a : b; }
-};
 __device__ inline int64_t bits_of(double x) {
   int64_t bits;
   memcpy(&bits, &x, sizeof(bits));
@@ -28,19 +22,6 @@ __device__ inline double number_of(int64_t bits) {
   memcpy(&x, &bits, sizeof(x));
   return x;
 }
-__device__ inline float exp_in(float x) { return expf(x); }
-__device__ inline double exp_in(double x) { return exp(x); }
-
-template <class T>
-struct ComputeIn {
-  using type = float;
-};
-template <>
-struct ComputeIn<double> {
-  using type = double;
-};
-template <class T>
-using Compute = typename ComputeIn<T>::type;
 
 __host__ __device__ inline int64_t segment_length(int64_t cols) {
   const int64_t least = (cols + kSegments - 1) / kSegments;
@@ -49,11 +30,11 @@ __host__ __device__ inline int64_t segment_length(int64_t cols) {
 
 // Draws k columns with probability exp((z - shift) * inverse) / total, in ascending order, as the CPU kernel does.
 template <class T>
-__device__ void draw(const T* z, int64_t cols, Compute<T> shift, Compute<T> inverse, uint64_t seed, int64_t k,
+__device__ void draw(const T* z, int64_t cols, Arithmetic<T> shift, Arithmetic<T> inverse, uint64_t seed, int64_t k,
                      int64_t* samples, double* upto, double* part) {
   const int64_t length = segment_length(cols), segments = (cols + length - 1) / length;
   const int lane = threadIdx.x % 32;
-  const auto weight = [=](int64_t c) { return double(exp_in((Compute<T>(to_double(z[c])) - shift) * inverse)); };
+  const auto weight = [=](int64_t c) { return double(exp_of((Arithmetic<T>(to_double(z[c])) - shift) * inverse)); };
   for (int64_t s = threadIdx.x / 32; s < segments; s += kThreads / 32) {
     double sum = 0;
     for (int64_t c = s * length + lane; c < cols && c < (s + 1) * length; c += 32) sum += weight(c);
@@ -108,7 +89,7 @@ __device__ void draw(const T* z, int64_t cols, Compute<T> shift, Compute<T> inve
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ OneTokenRolloutTask t) {
-  using C = Compute<T>;
+  using C = Arithmetic<T>;
   __shared__ double scratch[32], part[kThreads + 1];
   GRADOPS_DYNAMIC_SHARED(double, upto);
   const int64_t row = blockIdx.x, x = t.targets[row];
@@ -137,8 +118,8 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ OneT
     C bp = 0, bq = 0, bqd = 0;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const C d = v[i] - shift, e = exp_in(d * inverse);
-      bp += exp_in(d);
+      const C d = v[i] - shift, e = exp_of(d * inverse);
+      bp += exp_of(d);
       bq += e;
       bqd += e * (d < C(-1e30) ? C(-1e30) : d);
     }
@@ -174,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ OneT
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ OneTokenRolloutBackwardTask t) {
-  using C = Compute<T>;
+  using C = Arithmetic<T>;
   __shared__ double scratch[32];
   const int64_t row = blockIdx.x, x = t.targets[row];
   const T* z = static_cast<const T*>(t.logits) + row * t.cols;
@@ -195,11 +176,11 @@ __global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ One
   const C on_p = C(g * reward), on_q = C(t.k ? 0 : g * t.beta);
   for (int64_t c = threadIdx.x; c < t.cols; c += kThreads) {
     const C d = C(to_double(z[c])) - max;
-    to[c] = from_double<T>(double(on_p * exp_in(d - log_p) - (t.k ? C(0) : on_q * exp_in(d * inverse - log_q))));
+    to[c] = from_double<T>(double(on_p * exp_of(d - log_p) - (t.k ? C(0) : on_q * exp_of(d * inverse - log_q))));
   }
   __syncthreads();
   const auto on_target = [&](int64_t c, double w) {
-    to[c] = from_double<T>(g * reward * double(exp_in(C(to_double(z[c])) - max - log_p)) - g * w);
+    to[c] = from_double<T>(g * reward * double(exp_of(C(to_double(z[c])) - max - log_p)) - g * w);
   };
   if (t.k == 0 && threadIdx.x == 0 && inside) on_target(x, q);
   for (int64_t i = threadIdx.x; i < t.k; i += kThreads) {

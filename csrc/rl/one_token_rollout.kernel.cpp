@@ -11,14 +11,6 @@ static_assert(kBlock % kRolloutSegment == 0 && kRolloutSegment % kPair == 0);
 
 template <class T>
 constexpr bool kIsDouble = sizeof(T) == 8;
-template <class T>
-struct LossOf {
-  using type = float;
-};
-template <>
-struct LossOf<double> {
-  using type = double;
-};
 
 template <int H, int... N>
 [[gnu::always_inline]] inline Floats fold_sum(Floats x, std::integer_sequence<int, N...> lanes) {
@@ -177,7 +169,7 @@ void forward(const OneTokenRolloutTask& t, int64_t row, double* scratch) {
     const double d = double(widen(z[x])) - sums.max, q = exp_of(d * sums.inverse - log_q);
     loss = -(q == 0 ? 0 : (1 - t.beta) * q * (d - log_p)) - t.beta * (sums.qd / sums.q - log_p);
   }
-  static_cast<typename LossOf<T>::type*>(t.loss)[row] = typename LossOf<T>::type(loss);
+  static_cast<Arithmetic<T>*>(t.loss)[row] = Arithmetic<T>(loss);
 }
 
 // to = on_p p - on_q q; without q if on_q is 0
@@ -211,7 +203,7 @@ void backward(const OneTokenRolloutBackwardTask& t, int64_t row) {
   const T* z = static_cast<const T*>(t.logits) + row * t.cols;
   T* to = static_cast<T*>(t.grad_logits) + row * t.cols;
   const double* state = t.state + 3 * row;
-  const double g = double(static_cast<const typename LossOf<T>::type*>(t.grad)[row]), inverse = 1 / t.temperature;
+  const double g = double(static_cast<const Arithmetic<T>*>(t.grad)[row]), inverse = 1 / t.temperature;
   const int64_t x = t.targets[row];
   // at an entry of weight w that is no multiple of q
   const auto put = [=](int64_t c, double reward, double w) {

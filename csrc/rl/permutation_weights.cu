@@ -1,6 +1,5 @@
 // One block per group: its warps share the answers. Sums in double, in a fixed order.
 #include <cmath>
-#include <type_traits>
 
 #include "common/device_number.cuh"
 #include "common/reduce.cuh"
@@ -10,12 +9,6 @@ namespace gradops {
 namespace {
 
 constexpr int kThreads = 128;
-struct Add {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
-struct Larger {
-  __device__ double operator()(double a, double b) const { return a > b ? a : b; }
-};
 
 template <class T, class Real>
 __global__ void __launch_bounds__(kThreads) groups(const __grid_constant__ PermutationWeights t) {
@@ -51,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) fill_nan(Real* __restrict__ x, int64
 
 template <class T>
 void run(const PermutationWeights& t, void* stream) {
-  using Real = std::conditional_t<sizeof(T) == 8, double, float>;
+  using Real = Arithmetic<T>;
   launch(fill_nan<Real>, blocks((t.answers + kThreads - 1) / kThreads), kThreads, 0, stream,
          static_cast<Real*>(t.weights), t.answers);
   launch(groups<T, Real>, blocks(t.groups), kThreads, 0, stream, t);

@@ -12,12 +12,6 @@ constexpr int kThreads = 128;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr double kLowest = -0x1.fffffffffffffp1023;
 
-struct Larger {
-  __device__ double operator()(double a, double b) const { return a > b ? a : b; }
-};
-struct Add {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
 struct Least {
   __device__ int64_t operator()(int64_t a, int64_t b) const { return a < b ? a : b; }
 };

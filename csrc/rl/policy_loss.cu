@@ -3,6 +3,7 @@
 #include "common/device_number.cuh"
 #include "common/reduce.cuh"
 #include "rl/policy_loss.h"
+#include "rl/token_range.cuh"
 
 #define GRADOPS_INLINE __device__ inline
 #include "rl/policy_token.h"
@@ -11,9 +12,6 @@ namespace gradops {
 namespace {
 
 constexpr int kThreads = 256;
-struct Add {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
 
 // Adds up each of a thread's kPolicySums numbers over the block, one warp per number: fn(k, sum) is called once for
 // each, by a single thread. parts: kPolicySums * kThreads.
@@ -43,32 +41,19 @@ __device__ inline double exp_tail(double x) {
   }
   return p;
 }
-__device__ inline float exp_of(float x) { return expf(x); }
-__device__ inline double exp_of(double x) { return exp(x); }
 template <class C>
 __device__ inline Exp<C> exp_of_ratio(C x) {
   return exp_parts(x, exp_of(x), exp_tail(x));
 }
 
-template <class T>
-struct Computing {
-  using type = float;
-};
-template <>
-struct Computing<double> {
-  using type = double;
-};
-
 template <PolicyObjective kObjective, class T>
 __global__ void __launch_bounds__(kThreads)
     policy_loss_blocks(const __grid_constant__ PolicyLossTask t, double* __restrict__ sums) {
-  using C = typename Computing<T>::type;
+  using C = Arithmetic<T>;
   __shared__ double scratch[32], parts[kPolicySums * kThreads];
   const auto all = [&](double v) { return block_all(v, 0., scratch, Add()); };
   const int64_t s = blockIdx.x;
-  int64_t begin = t.offsets ? t.offsets[s] : s * t.length, end = t.offsets ? t.offsets[s + 1] : begin + t.length;
-  begin = begin < 0 ? 0 : begin;  // offsets are not checked on the host: that would wait for the device
-  end = end > t.tokens ? t.tokens : end;
+  const auto [begin, end] = token_range(t, s);
   const int64_t first = begin + threadIdx.x;
   const auto kept = [=](int64_t i) { return !t.mask || t.mask[i]; };
   const auto logp = [=](int64_t i) { return C(to_double(static_cast<const T*>(t.logp)[i])); };

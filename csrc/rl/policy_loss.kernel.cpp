@@ -20,19 +20,10 @@ struct Tile {
   alignas(64) C loss[kTile], slope[kTile], k3[kTile], ref[kTile], code[kTile];
 };
 
-template <class T>
-struct Computing {
-  using type = float;
-};
-template <>
-struct Computing<double> {
-  using type = double;
-};
-
 // The tokens of one sequence.
 template <class T>
 struct Sequence {
-  using C = typename Computing<T>::type;
+  using C = Arithmetic<T>;
   const T* logp;
   const C *old_logp, *advantage, *ref_logp, *weight;  // null: absent, or in `one_...`
   const uint8_t* mask;

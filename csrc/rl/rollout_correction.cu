@@ -1,25 +1,20 @@
 // One block per sequence: thread i takes tokens i, i + kThreads, ...
+#include "common/device_number.cuh"
 #include "common/reduce.cuh"
 #include "rl/rollout_correction.h"
+#include "rl/token_range.cuh"
 
 namespace gradops {
 namespace {
 
 constexpr int kThreads = 256;
-struct Add {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
-__device__ inline float exp_of(float x) { return expf(x); }
-__device__ inline double exp_of(double x) { return exp(x); }
 
 template <class C>
 __global__ void __launch_bounds__(kThreads) rollout_blocks(const __grid_constant__ RolloutTask t) {
   __shared__ double scratch[32];
   const auto all = [&](double v) { return block_all(v, 0., scratch, Add()); };
   const int64_t s = blockIdx.x;
-  int64_t begin = t.offsets ? t.offsets[s] : s * t.length, end = t.offsets ? t.offsets[s + 1] : begin + t.length;
-  begin = begin < 0 ? 0 : begin;  // offsets are not checked on the host: that would wait for the device
-  end = end > t.tokens ? t.tokens : end;
+  const auto [begin, end] = token_range(t, s);
   const int64_t first = begin + threadIdx.x;
   const auto kept = [=](int64_t i) { return !t.mask || t.mask[i]; };
   const auto log_ratio = [=](int64_t i) {

@@ -11,17 +11,8 @@ constexpr unsigned kFull = 0xffffffffu;
 constexpr int kItems = 4, kTile = 32 * kItems, kShort = 32, kShortThreads = 64;
 
 template <class T>
-struct OutOf {
-  using type = float;
-};
-template <>
-struct OutOf<double> {
-  using type = double;
-};
-
-template <class T>
 struct Args {
-  using Out = typename OutOf<T>::type;
+  using Out = Arithmetic<T>;
   ScanKind kind;
   const T *rewards, *values, *next_values, *last_values, *ratios;
   const uint8_t *terminated, *truncated, *mask;

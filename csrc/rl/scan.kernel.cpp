@@ -8,17 +8,8 @@ namespace gradops::GRADOPS_ISA {
 namespace {
 
 template <class T>
-struct OutOf {
-  using type = float;
-};
-template <>
-struct OutOf<double> {
-  using type = double;
-};
-
-template <class T>
 struct Walk {
-  using Out = typename OutOf<T>::type;
+  using Out = Arithmetic<T>;
   const ScanTask& t;
   const bool write, fold;                       // fold: the map of the piece is wanted
   D carry, following, x_all{}, a_all = all(1);  // each the same in all lanes
@@ -230,7 +221,7 @@ ScanPiece start(const ScanTask& t, int64_t row, int64_t begin, int64_t end) {
 
 template <class T>
 void finish(const ScanTask& t, int64_t row, double carry) {
-  if (t.kind == ScanKind::carry) static_cast<typename OutOf<T>::type*>(t.second)[row] = carry;
+  if (t.kind == ScanKind::carry) static_cast<Arithmetic<T>*>(t.second)[row] = carry;
 }
 
 }  // namespace

@@ -11,23 +11,6 @@ constexpr int kPacks = 4;  // 16-byte loads a thread has under way
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 template <class T>
-struct ArithmeticOf {
-  using type = float;
-};
-template <>
-struct ArithmeticOf<double> {
-  using type = double;
-};
-template <class T>
-using Arithmetic = typename ArithmeticOf<T>::type;
-
-struct Add {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
-struct Larger {
-  __device__ double operator()(double a, double b) const { return a > b ? a : b; }
-};
-template <class T>
 __device__ inline T nan() {
   return T(INFINITY) - T(INFINITY);
 }

@@ -29,5 +29,5 @@ CALLS = {
     "selective_log_softmax": Call(lambda x: (x, targets(x, 2), None, None, 0.7, 5.0, True, True, False), public),
     "selective_log_softmax_backward": Call(backward, None),
     "selective_log_softmax_backward_": Call(backward, None, own_bits=False),  # gives nothing back: tested in its room
-    "top_p_mask": Call(lambda x: (x, 0.8, 1), None),
+    "top_p_keep": Call(lambda x: (x, 0.8, 1), None),
 }

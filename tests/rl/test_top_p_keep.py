@@ -30,7 +30,7 @@ def test_nucleus(backend, dtype, p, min_keep):
     device, ops = backend
     for shape in ((3, 300), (2, 1), (1, 4200)):
         x = logits_of(shape, dtype).to(device)
-        assert_nucleus(ops.top_p_mask(x, p, min_keep).cpu(), x.cpu(), p, min_keep, SLACK[dtype])
+        assert_nucleus(ops.top_p_keep(x, p, min_keep).cpu(), x.cpu(), p, min_keep, SLACK[dtype])
 
 
 def test_ties_go_by_id_and_rows_without_a_softmax_are_whole(backend):
@@ -38,12 +38,12 @@ def test_ties_go_by_id_and_rows_without_a_softmax_are_whole(backend):
     x = torch.zeros(6, 70, device=device)
     x[1, 5], x[2], x[3, 0], x[4, 10:] = torch.nan, -torch.inf, torch.inf, -torch.inf
     x[5, ::2] = -0.0
-    mask = ops.top_p_mask(x, 0.5, 1)
+    mask = ops.top_p_keep(x, 0.5, 1)
     assert torch.equal(mask[0].nonzero()[:, 0].cpu(), torch.arange(35))
     assert mask[1:4].all() and mask[4].sum() == 5 and torch.equal(mask[5], mask[0])
-    mask = ops.top_p_mask(x, 1.0, 20)
+    mask = ops.top_p_keep(x, 1.0, 20)
     assert mask[0].all() and torch.equal(mask[4].nonzero()[:, 0].cpu(), torch.arange(20))
-    assert ops.top_p_mask(x[4:5], 1.0, 1).sum() == 10
+    assert ops.top_p_keep(x[4:5], 1.0, 1).sum() == 10
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,4 @@
-"""How many rollouts each prompt gets."""
+"""How many rollouts each prompt gets. A plan for the generator, made on the CPU: there is no kernel for a device."""
 import torch
 from torch import Tensor
 

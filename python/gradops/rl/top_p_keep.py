@@ -5,7 +5,7 @@ from torch import Tensor
 from .._checks import check_device, check_floating, check_integers
 from .._op import refuse_derivative, register
 
-_op = register("top_p_mask", fake=lambda logits, p, min_keep: torch.empty(
+_op = register("top_p_keep", fake=lambda logits, p, min_keep: torch.empty(
     logits.shape, dtype=torch.bool, device=logits.device))
 
 

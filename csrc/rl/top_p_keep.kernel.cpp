@@ -1,4 +1,4 @@
-#include "rl/top_p_mask.h"
+#include "rl/top_p_keep.h"
 
 #include "common/exp_log.h"
 #include "common/widen.h"

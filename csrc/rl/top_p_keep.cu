@@ -1,17 +1,10 @@
 // One block per row; the edge of the nucleus is found by bisection, with sums in a fixed order.
 #include "common/device_number.cuh"
 #include "common/reduce.cuh"
-#include "rl/top_p_mask.h"
+#include "rl/top_p_keep.h"
 
 namespace gradops {
 namespace {
-
-struct Add {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
-struct Larger {
-  __device__ double operator()(double a, double b) const { return a > b ? a : b; }
-};
 
 // Integers in the order of the numbers, and back
 template <class A, class Int>
@@ -128,7 +121,7 @@ __global__ void __launch_bounds__(256) rows_mask(const TopPTask t) {
 
 }  // namespace
 
-void cuda::top_p_mask(const TopPTask& t, void* stream) {
+void cuda::top_p_keep(const TopPTask& t, void* stream) {
   if (t.rows == 0 || t.cols == 0) return;
   with_device_type(t.element, [&](auto type) {
     launch(rows_mask<decltype(type)>, blocks(t.rows < (1 << 20) ? t.rows : (1 << 20)), t.cols > 4096 ? 256 : 64, 0,
