@@ -35,6 +35,20 @@ __device__ inline __half from_double<__half>(double x) {
 __device__ inline float exp_of(float x) { return expf(x); }
 __device__ inline double exp_of(double x) { return exp(x); }
 
+// Number i of an array, where the type is known at run time only.
+__device__ inline double number_at(Element e, const void* x, int64_t i) {
+  switch (e) {
+    case Element::bf16:
+      return to_double(static_cast<const __nv_bfloat16*>(x)[i]);
+    case Element::f16:
+      return to_double(static_cast<const __half*>(x)[i]);
+    case Element::f32:
+      return double(static_cast<const float*>(x)[i]);
+    default:
+      return static_cast<const double*>(x)[i];
+  }
+}
+
 // Calls f(T()) on the host with the CUDA type of e.
 template <class F>
 void with_device_type(Element e, const F& f) {

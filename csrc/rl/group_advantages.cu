@@ -52,20 +52,29 @@ struct Task {
   bool* degenerate;
   const double* batch_spread;  // [batch], or null
   bool measures_batch;
+  int64_t item_bytes;
 
-  template <class T>
   __device__ void at_row(int64_t row) {
-    items.x = static_cast<const T*>(items.x) + row * items.items;
+    const int64_t begin = row * items.items;
+    items.x = static_cast<const char*>(items.x) + begin * item_bytes;
     if (out)
-      out = static_cast<char*>(out) + row * items.items * (sizeof(T) == 8 ? 8 : 4), degenerate += row * items.items;
+      out = static_cast<char*>(out) + begin * (items.element == Element::f64 ? 8 : 4), degenerate += begin;
     else if (stats)
       stats += row * 5 * groups.groups;
     if (batch_spread) batch_spread += row;
   }
+  __device__ void put(int64_t i, double y) const {
+    if (items.element == Element::f64)
+      static_cast<double*>(out)[i] = y;
+    else
+      static_cast<float*>(out)[i] = float(y);
+  }
+  __device__ double advantage(int64_t i) const {
+    return number_at(items.element == Element::f64 ? Element::f64 : Element::f32, out, i);
+  }
 };
 
 // The items of a group: first, first + 1, ...; or those that `member` lists from there on.
-template <class T>
 struct Members {
   const Task& t;
   int64_t first, n;
@@ -73,15 +82,15 @@ struct Members {
   __device__ int64_t index(int64_t j) const { return member ? member[first + j] : first + j; }
   __device__ GroupItem operator()(int64_t j) const {
     const int64_t i = index(j);
-    const double value = to_double(static_cast<const T*>(t.items.x)[i]);
+    const double value = number_at(t.items.element, t.items.x, i);
     const double weight = t.items.weights ? t.items.weights[i] : 1.;
     if ((t.items.valid && !t.items.valid[i]) || !(weight > 0) || (t.rule.skip_nan && value != value)) return {0., 0.};
     return {value, weight};
   }
 };
 
-template <class T, class Team>
-__device__ GroupSums<double> measure(const Team& team, const Members<T>& at, bool whole) {
+template <class Team>
+__device__ GroupSums<double> measure(const Team& team, const Members& at, bool whole) {
   const Task& t = at.t;
   const bool opo = t.out && !whole && t.rule.baseline == Baseline::opo;
   const bool max2 = t.out && !whole && t.rule.baseline == Baseline::max2;
@@ -145,9 +154,8 @@ __device__ double spread_of(const GroupSums<double>& s, const GroupRule& rule) {
 }
 
 // group: its number, where its statistics go.
-template <class T, class Team>
-__device__ void solve(const Team& team, const Members<T>& at, int64_t group, double batch_spread, bool blend) {
-  using Out = Arithmetic<T>;
+template <class Team>
+__device__ void solve(const Team& team, const Members& at, int64_t group, double batch_spread, bool blend) {
   const Task& t = at.t;
   const GroupRule& rule = t.rule;
   const GroupSums<double> s = measure(team, at, false);
@@ -164,7 +172,6 @@ __device__ void solve(const Team& team, const Members<T>& at, int64_t group, dou
   }
   const bool weighted = t.items.weights != nullptr, single = is_single(s, rule), same = is_degenerate(s);
   const GroupAffine<double> a = affine_of(s, rule, batch_spread, weighted);
-  Out* out = static_cast<Out*>(t.out);
   for (int64_t j = team.rank; j < at.n; j += Team::size) {
     const GroupItem it = at(j);
     const int64_t i = at.index(j);
@@ -176,64 +183,60 @@ __device__ void solve(const Team& team, const Members<T>& at, int64_t group, dou
     if (rule.baseline == Baseline::loo && weighted && !single) y *= loo_factor(s.weight, it.weight);
     if (rule.scale == Spread::loo && !single && it.weight > 0) y *= gain_without(at, at.n, j, s, rule);
     y = it.weight > 0 ? y + 0. : 0.;  // + 0: no negative zeros
-    out[i] = Out(blend && rule.alpha != 1 ? rule.alpha * y + (1 - rule.alpha) * double(out[i]) : y);
+    t.put(i, blend && rule.alpha != 1 ? rule.alpha * y + (1 - rule.alpha) * t.advantage(i) : y);
   }
 }
 
 // What rewards are divided by with Spread::batch; the whole block must call.
-template <class T>
 __device__ double batch_spread(const Task& t, double* scratch) {
   if (!t.measures_batch) return t.batch_spread ? *t.batch_spread : 0.;
-  const Members<T> all{t, 0, t.items.items, nullptr};
+  const Members all{t, 0, t.items.items, nullptr};
   return spread_of(measure(BlockTeam(scratch), all, true), t.rule);
 }
 
-template <class T>
 __global__ void __launch_bounds__(kThreads) whole_batch(const __grid_constant__ Task given, double* spread) {
   __shared__ double scratch[32];
   Task t = given;
-  t.at_row<T>(blockIdx.x);
+  t.at_row(blockIdx.x);
   t.measures_batch = true;
-  const double s = batch_spread<T>(t, scratch);
+  const double s = batch_spread(t, scratch);
   if (threadIdx.x == 0) spread[blockIdx.x] = s;
 }
 
 // 0 for what is in no group because offsets do not reach from 0 to the end.
-template <class T>
 __device__ void zero_rest(const Task& t) {
-  using Out = Arithmetic<T>;
   const int64_t n = t.items.items, *o = t.groups.offsets;
   if (!t.out || !o) return;
   const int64_t first = o[0], end = o[t.groups.groups];
   if (first <= 0 && end >= n) return;
   for (int64_t i = threadIdx.x; i < n; i += kThreads)
-    if (i < first || i >= end) static_cast<Out*>(t.out)[i] = 0, t.degenerate[i] = true;
+    if (i < first || i >= end) t.put(i, 0), t.degenerate[i] = true;
 }
 
 // Groups one after another: each team of the block has one, and then the block those too large for a team.
-template <class T, int L>
+template <int L>
 __global__ void __launch_bounds__(kThreads) in_order(const __grid_constant__ Task given) {
   __shared__ double scratch[32];
   constexpr int kTeams = kThreads / L;
   Task t = given;
-  t.at_row<T>(blockIdx.y);
-  const double spread = batch_spread<T>(t, scratch);
+  t.at_row(blockIdx.y);
+  const double spread = batch_spread(t, scratch);
   const auto members = [&](int64_t g) {
     const int64_t n = t.items.items, *o = t.groups.offsets;
     int64_t first = 0, end = 0;
     if (g < t.groups.groups)
       first = o ? o[g] : g * t.groups.group_size, end = o ? o[g + 1] : first + t.groups.group_size;
     first = first < 0 ? 0 : first, end = end > n ? n : end;
-    return Members<T>{t, first, end > first ? end - first : 0, nullptr};
+    return Members{t, first, end > first ? end - first : 0, nullptr};
   };
-  if (blockIdx.x == 0) zero_rest<T>(t);
+  if (blockIdx.x == 0) zero_rest(t);
   const int64_t g0 = int64_t(blockIdx.x) * kTeams, g = g0 + threadIdx.x / L;
-  Members<T> mine = members(g);
+  Members mine = members(g);
   const bool large = mine.n > L * kPerLane;
   if (large) mine.n = 0;  // the lanes still take part in the warp's shuffles
   solve(LanesTeam<L>(), mine, large ? -1 : g, spread, false);
   for (int k = 0; k < kTeams; ++k) {
-    const Members<T> m = members(g0 + k);
+    const Members m = members(g0 + k);
     if (m.n > L * kPerLane) solve(BlockTeam(scratch), m, g0 + k, spread, false);
   }
 }
@@ -263,7 +266,6 @@ struct Tables {
 };
 
 // Groups the block's items by ids (and strata) and solves the groups.
-template <class T>
 __device__ void solve_listed(const Task& t, const Tables& w, int items, bool pairs, double spread, bool blend,
                              double* scratch, int* counts) {
   constexpr int L = 16, kTeams = kThreads / L;
@@ -298,27 +300,26 @@ __device__ void solve_listed(const Task& t, const Tables& w, int items, bool pai
   const int groups = counts[1];
   const auto members = [&](int k) {
     const int s = k < groups ? w.group[k] : -1;
-    return Members<T>{t, s < 0 ? 0 : w.begin[s], s < 0 ? 0 : w.cursor[s] - w.begin[s], w.member};
+    return Members{t, s < 0 ? 0 : w.begin[s], s < 0 ? 0 : w.cursor[s] - w.begin[s], w.member};
   };
-  const auto number = [&](const Members<T>& m) { return m.n ? ids[m.index(0)] : -1; };
+  const auto number = [&](const Members& m) { return m.n ? ids[m.index(0)] : -1; };
   for (int first = 0; first < groups; first += kTeams) {
-    Members<T> m = members(first + threadIdx.x / L);
+    Members m = members(first + threadIdx.x / L);
     if (m.n > L * kPerLane) m.n = 0;
     solve(LanesTeam<L>(), m, number(m), spread, blend);
   }
   for (int k = 0; k < groups; ++k) {
-    const Members<T> m = members(k);
+    const Members m = members(k);
     if (m.n > L * kPerLane) solve(BlockTeam(scratch), m, number(m), spread, blend);
   }
   __syncthreads();
 }
 
-template <class T>
 __global__ void __launch_bounds__(kThreads) by_label(const __grid_constant__ Task given, int* memory) {
   __shared__ double scratch[32];
   __shared__ int counts[2];
   Task t = given;
-  t.at_row<T>(blockIdx.y);
+  t.at_row(blockIdx.y);
   const int64_t n = t.items.items, *ids = t.groups.ids;
   const auto owner = [=](int64_t id) { return unsigned(mixed(uint64_t(id)) >> 32) % gridDim.x; };
   if (!t.out)  // groups without items
@@ -341,18 +342,18 @@ __global__ void __launch_bounds__(kThreads) by_label(const __grid_constant__ Tas
   __syncthreads();
   for (int64_t i = threadIdx.x; i < n; i += kThreads)
     if (owner(ids[i]) == blockIdx.x) w.list[atomicAdd(&counts[0], 1)] = int(i);
-  const double spread = batch_spread<T>(t, scratch);
+  const double spread = batch_spread(t, scratch);
   __syncthreads();
   const bool san = t.groups.strata && t.rule.blend;
-  solve_listed<T>(t, w, int(mine), t.groups.strata && !san, spread, false, scratch, counts);
-  if (san) solve_listed<T>(t, w, int(mine), true, spread, true, scratch, counts);
+  solve_listed(t, w, int(mine), t.groups.strata && !san, spread, false, scratch, counts);
+  if (san) solve_listed(t, w, int(mine), true, spread, true, scratch, counts);
 }
 
-template <class T, int L>
+template <int L>
 void launch_in_order(const Task& t, unsigned rows, void* stream) {
   const int64_t teams = kThreads / L;
   const int64_t parts = t.groups.groups > 0 ? (t.groups.groups + teams - 1) / teams : 1;
-  launch(in_order<T, L>, dim3(blocks(parts), rows), kThreads, 0, stream, t);
+  launch(in_order<L>, dim3(blocks(parts), rows), kThreads, 0, stream, t);
 }
 
 int64_t table_bytes(const GroupTask& t) { return t.groups.ids ? 40 * t.items.items * t.items.batch : 0; }
@@ -367,31 +368,28 @@ void cuda::group_advantages(const GroupTask& g, void* workspace, void* stream) {
   if (batch > 65535) throw std::runtime_error("group_advantages: at most 65535 rows on CUDA");
   if (g.groups.ids && n > 0x3fffffff)
     throw std::runtime_error("group_advantages: ids for at most 2^30 rewards on CUDA");
-  Task t{g.items, g.groups, g.rule, g.out, g.stats, g.degenerate, nullptr, false};
+  Task t{g.items, g.groups, g.rule, g.out, g.stats, g.degenerate, nullptr, false, element_size(g.items.element)};
   const unsigned rows = unsigned(batch);
-  with_device_type(g.items.element, [&](auto type) {
-    using T = decltype(type);
-    if (g.out && g.rule.scale == Spread::batch) {
-      t.measures_batch = n <= kOneLaunch;
-      if (!t.measures_batch) {
-        double* spread = reinterpret_cast<double*>(static_cast<char*>(workspace) + table_bytes(g));
-        launch(whole_batch<T>, rows, kThreads, 0, stream, t, spread);
-        t.batch_spread = spread;
-      }
+  if (g.out && g.rule.scale == Spread::batch) {
+    t.measures_batch = n <= kOneLaunch;
+    if (!t.measures_batch) {
+      double* spread = reinterpret_cast<double*>(static_cast<char*>(workspace) + table_bytes(g));
+      launch(whole_batch, rows, kThreads, 0, stream, t, spread);
+      t.batch_spread = spread;
     }
-    if (g.groups.ids) {
-      const int64_t parts = n / 512 < 1 ? 1 : n / 512 > 256 ? 256 : n / 512;
-      launch(by_label<T>, dim3(unsigned(parts), rows), kThreads, 0, stream, t, static_cast<int*>(workspace));
-    } else {
-      const int64_t mean = g.groups.groups > 0 ? n / g.groups.groups : 0;
-      if (mean <= 8)
-        launch_in_order<T, 8>(t, rows, stream);
-      else if (mean <= 16)
-        launch_in_order<T, 16>(t, rows, stream);
-      else
-        launch_in_order<T, 32>(t, rows, stream);
-    }
-  });
+  }
+  if (g.groups.ids) {
+    const int64_t parts = n / 512 < 1 ? 1 : n / 512 > 256 ? 256 : n / 512;
+    launch(by_label, dim3(unsigned(parts), rows), kThreads, 0, stream, t, static_cast<int*>(workspace));
+  } else {
+    const int64_t mean = g.groups.groups > 0 ? n / g.groups.groups : 0;
+    if (mean <= 8)
+      launch_in_order<8>(t, rows, stream);
+    else if (mean <= 16)
+      launch_in_order<16>(t, rows, stream);
+    else
+      launch_in_order<32>(t, rows, stream);
+  }
 }
 
 }  // namespace gradops
