@@ -24,8 +24,7 @@ inline void check_ids(const char* name, const int64_t* ids, int64_t n, int64_t h
 }
 
 // Where pieces begin, and the last one ends: offsets[0 .. pieces] rise from 0 to end, each by at least `least`.
-inline void check_offsets(const char* name, const int64_t* offsets, int64_t pieces, int64_t end,
-                          int64_t least = 0) {
+inline void check_offsets(const char* name, const int64_t* offsets, int64_t pieces, int64_t end, int64_t least = 0) {
   const auto rises = [=](int64_t i) {  // no difference overflows
     return offsets[i - 1] <= offsets[i] && uint64_t(offsets[i]) - uint64_t(offsets[i - 1]) >= uint64_t(least);
   };

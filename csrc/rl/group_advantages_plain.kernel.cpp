@@ -251,7 +251,7 @@ void run(const GroupRow& t, int64_t begin, int64_t end) {
   for (int64_t g0 = begin; g0 < end; g0 += kSorted) {
     const int64_t after = end - g0 < kSorted ? end : g0 + kSorted, then = end - after < kSorted ? end : after + kSorted;
     for (int64_t i = start(after), next = start(then); i < next; i += 64 / sizeof(T))  // sorted, they come in no order
-      __builtin_prefetch(map.x + i), __builtin_prefetch(map.out + i, 1);
+      __builtin_prefetch(map.x + i);
     sort(t, g0, after, s);
     const bool inside = start(after) + kLargest + W <= t.items.items;
     for (int i = 0; i < s.used; i += W) {
