@@ -71,7 +71,7 @@ template <class Op>
   return v[0];
 }
 
-typedef Vec<int64_t> Bits;
+typedef Vec<uint64_t> Bits;  // sums of them may wrap
 [[gnu::always_inline]] inline Bits bits(Lanes x) { return reinterpret_cast<const Bits&>(x.v); }
 
 // The sum of the integers that terms in [0, bound) are on a grid of bound * 2^-51: grain plus a term has them in its
@@ -81,8 +81,9 @@ struct GridSum {
   Bits sum = {};
   explicit GridSum(Lanes bound) : grain(2. * bound) {}
   Lanes total(Lanes count) const {
-    const Bits n = __builtin_convertvector(count.v, Bits);
-    return Lanes(__builtin_convertvector(sum - n * bits(grain), Vec<double>)) * (grain * 0x1p-52);
+    const Bits n = __builtin_convertvector(count.v, Bits), units = sum - n * bits(grain);
+    return Lanes(__builtin_convertvector(reinterpret_cast<const Vec<int64_t>&>(units), Vec<double>)) *
+           (grain * 0x1p-52);
   }
 };
 
@@ -127,7 +128,8 @@ void measure(const T* x, bool inside, Sorted& s, int at) {
   int64_t j = 0;
 #pragma GCC unroll 4
   for (; j < shortest; ++j) add(j, [](Bits b) { return b; });
-  for (; j < longest; ++j) add(j, [in = Lanes(double(j)) < count](Bits b) { return b & in.m; });
+  for (; j < longest; ++j)
+    add(j, [in = Lanes(double(j)) < count](Bits b) { return b & reinterpret_cast<const Bits&>(in.m); });
   const Lanes sum = first.total(count), mean = sum / count;
   // No finite term changes the grain's exponent.
   const Lanes poison = select({(any ^ bits(first.grain)) >> 52 == 0}, 0., __builtin_nan(""));
