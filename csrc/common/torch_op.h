@@ -13,6 +13,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -122,14 +123,17 @@ inline Tensor new_like(const Tensor& x) {
   return empty(x, shape, x.scalar_type());
 }
 
-// Memory for the length of a call, from torch's allocator: it may be captured in a CUDA graph.
+// Memory for the length of a call, from torch's allocator: it may be captured in a CUDA graph. Null for 0 bytes: a
+// tensor costs a microsecond.
 class Workspace {
  public:
-  Workspace(const Tensor& like, int64_t bytes) : memory_(empty(like, {bytes}, ScalarType::Byte)) {}
-  void* data() const { return memory_.mutable_data_ptr(); }
+  Workspace(const Tensor& like, int64_t bytes) {
+    if (bytes > 0) memory_ = empty(like, {bytes}, ScalarType::Byte);
+  }
+  void* data() const { return memory_ ? memory_->mutable_data_ptr() : nullptr; }
 
  private:
-  Tensor memory_;
+  std::optional<Tensor> memory_;
 };
 
 }  // namespace gradops

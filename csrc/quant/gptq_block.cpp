@@ -1,19 +1,14 @@
 #include "quant/gptq_block.h"
 
-#include <stdexcept>
-
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/value_error.h"
 
 namespace gradops {
 
 void cpu::gptq_block(const GptqBlock& t, void*) {
   if (t.batch == 0 || t.rows == 0) return;
-  if (t.group) {
-    for (int64_t i = 0; i < t.batch * t.cols; ++i)
-      if (t.group[i] < 0 || t.group[i] >= t.groups)
-        throw std::invalid_argument("gptq_block: group must be in 0 .. number of scales - 1");
-  }
+  if (t.group) check_ids("group", t.group, t.batch * t.cols, t.groups);
   const int64_t tile = GRADOPS_DISPATCH(gptq_tile_rows)(), bytes = GRADOPS_DISPATCH(gptq_tile_scratch)(t);
   const auto run = GRADOPS_DISPATCH(gptq_tiles);
   parallel_for(0, t.batch * ((t.rows + tile - 1) / tile), 1,

@@ -1,9 +1,8 @@
 #include "quant/hessian_update.h"
 
-#include <stdexcept>
-
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/value_error.h"
 
 namespace gradops {
 namespace {
@@ -47,7 +46,7 @@ int64_t cpu::hessian_update_workspace(const HessianTask& all) { return all.mask 
 // the threads share each phase.
 void cpu::hessian_update(const HessianTask& all, void* workspace, void*) {
   for (int64_t i = 0; i < all.batch; ++i)
-    if (all.n_seen[i] < 0) throw std::invalid_argument("n_seen must not be negative");
+    if (all.n_seen[i] < 0) refuse_value("n_seen", "not be negative", all.n_seen[i]);
   const ProductEngine& engine = engine_for(all);
   const auto task = [&](int64_t i) { return item_task(all, i, static_cast<int64_t*>(workspace) + i * all.tokens); };
   const auto empty = [](const ProductTask& t) { return t.tokens == 0 || t.n == 0; };

@@ -1,8 +1,7 @@
 #include "rl/allocate_rollouts.h"
 
-#include <stdexcept>
-
 #include "common/torch_op.h"
+#include "common/value_error.h"
 
 #if GRADOPS_BACKEND_ID == 1  // a plan is made on the host
 namespace gradops {
@@ -19,8 +18,7 @@ Tensor allocate_rollouts(const Tensor& p_in, int64_t budget, int64_t low, int64_
   const double* data = static_cast<const double*>(p.const_data_ptr());
   for (int64_t i = 0; i < prompts; ++i)
     if (!(data[i] >= 0 && data[i] <= 1))
-      throw std::runtime_error("p must be in [0, 1], got " + std::to_string(data[i]) + " at index " +
-                               std::to_string(i));
+      refuse_value("p", "be in [0, 1]", std::to_string(data[i]) + " at index " + std::to_string(i));
   Tensor counts = empty(p, {prompts}, ScalarType::Long);
   cpu::allocate_rollouts({data, static_cast<int64_t*>(counts.mutable_data_ptr()), prompts, budget, low, high, exact});
   return counts;

@@ -1,20 +1,13 @@
 #include "rl/capo_update_moments.h"
 
-#include <stdexcept>
-#include <string>
-
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/value_error.h"
 
 namespace gradops {
 namespace {
 
 constexpr int64_t kWidth = 512;  // columns of one piece of work
-
-[[noreturn]] void refuse(const char* what, int64_t high, int64_t value) {
-  throw std::invalid_argument(std::string("capo_update_moments_: ") + what + " must be below " + std::to_string(high) +
-                              (*what == 't' ? " and not negative" : "") + ", got " + std::to_string(value));
-}
 
 // Counting sort of the places that count by row: begin has count + 1 entries, order one per place.
 void sort_places(const CapoUpdate& t, int64_t* begin, int64_t* order) {
@@ -22,11 +15,9 @@ void sort_places(const CapoUpdate& t, int64_t* begin, int64_t* order) {
   for (int64_t r = 0; r <= t.count; ++r) begin[r] = 0;
   for (int64_t n = 0; n < t.tokens.tokens; ++n) {
     if (!t.mask[n]) continue;
-    if (t.tokens.action[n] >= k) refuse("action_index", k, t.tokens.action[n]);
-    for (int64_t i = n * k; i < (n + 1) * k; ++i) {
-      if (t.rows[i] < 0 || t.rows[i] >= t.count) refuse("token_ids", t.count, t.rows[i]);
-      ++begin[t.rows[i]];
-    }
+    check_ids("action_index", t.tokens.action + n, 1, k, INT64_MIN);
+    check_ids("token_ids", t.rows + n * k, k, t.count);
+    for (int64_t i = n * k; i < (n + 1) * k; ++i) ++begin[t.rows[i]];
   }
   int64_t sum = 0;  // begin[r] becomes where row r ends; filling from the back brings it to where it begins
   for (int64_t r = 0; r <= t.count; ++r) begin[r] = sum += begin[r];

@@ -1,9 +1,9 @@
 #include "rl/group_advantages.h"
 
 #include <cmath>
-#include <stdexcept>
 
 #include "common/parallel.h"
+#include "common/value_error.h"
 #include "rl/group_index.h"
 
 namespace gradops {
@@ -26,6 +26,7 @@ void run_numbered(const GroupRow& row, const SortedKeys& keys) {
   const int64_t n = row.items.items;
   GroupRow grouped = row;
   grouped.maps = reinterpret_cast<GroupMap*>(keys.spare);
+  grouped.same = reinterpret_cast<bool*>(grouped.maps + row.groups);
   grouped.items.x = row.out;
   for (int64_t g = 0; g < row.groups; ++g) keys.places[g] = int32_t(row.offsets[g]);
   const auto place = [&](auto zero) {
@@ -66,12 +67,7 @@ double spread_of_all(GroupRow row) {
 
 void cpu::group_advantages(const GroupTask& t, void*, void*) {
   const int64_t n = t.items.items;
-  if (t.groups.offsets) {
-    const int64_t *o = t.groups.offsets, g = t.groups.groups;
-    bool good = o[0] == 0 && o[g] == n;
-    for (int64_t i = 0; i < g; ++i) good &= o[i] <= o[i + 1];
-    if (!good) throw std::runtime_error("offsets must start at 0, not decrease and end at the number of rewards");
-  }
+  if (t.groups.offsets) check_offsets("offsets", t.groups.offsets, t.groups.groups, n);
   GroupRow first{t.items, t.rule, t.groups.offsets, t.groups.groups, t.groups.group_size};
   const auto each_row = [&](GroupRow row, const SortedKeys& keys) {
     for (int64_t b = 0; b < t.items.batch; ++b) {
@@ -93,7 +89,7 @@ void cpu::group_advantages(const GroupTask& t, void*, void*) {
     GroupRow row = first;
     row.blend = blend;
     const SortedKeys keys =
-        t.out ? sort_keys(t.groups.ids, strata, n, !is_plain(row) || n >= kManyItems, sizeof(GroupMap))
+        t.out ? sort_keys(t.groups.ids, strata, n, !is_plain(row) || n >= kManyItems, sizeof(GroupMap) + 1)
               : sort_numbers(t.groups.ids, n, t.groups.groups);
     row.offsets = keys.offsets, row.groups = keys.groups;
     row.order = keys.order, row.long_order = keys.long_order;
@@ -101,10 +97,7 @@ void cpu::group_advantages(const GroupTask& t, void*, void*) {
   };
   if (n == 0 && t.out) return;
   if (!t.groups.ids) return each_row(first, {});
-  if (!t.out)
-    for (int64_t i = 0; i < n; ++i)
-      if (t.groups.ids[i] < 0 || t.groups.ids[i] >= t.groups.groups)
-        throw std::runtime_error("ids must be at least 0 and less than num_groups");
+  if (!t.out) check_ids("ids", t.groups.ids, n, t.groups.groups);
   const bool blend = t.groups.strata && t.rule.blend;
   if (blend) each_sorted_row(nullptr, false);
   each_sorted_row(t.groups.strata, blend);

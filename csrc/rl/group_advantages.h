@@ -15,11 +15,9 @@ struct GroupTask {
   bool* degenerate;  // [batch, items], with out
 };
 
-// The advantage of a group's item is (value - low + shift) * gain.
+// The advantage of a group's item is (value - base) * gain.
 struct GroupMap {
-  double shift, gain;
-  float low;
-  int32_t degenerate;
+  double base, gain;
 };
 
 // Groups [begin, end) of one row. The item at position p is order[p], or p itself.
@@ -36,6 +34,7 @@ struct GroupRow {
   double* stats;
   bool blend;      // with what `out` holds
   GroupMap* maps;  // [groups], or null: instead of advantages, of what is_plain
+  bool* same;      // with maps: whether the group is degenerate
 };
 GRADOPS_DECLARE(void, group_rows, const GroupRow&, int64_t begin, int64_t end)
 // The same, for what is_plain.

@@ -157,15 +157,18 @@ GroupSums<Lanes> measure(const Work& k, Buffer& b) {
   return s;
 }
 
-// (value - low + shift) * gain, or what max2 says, where there is a valid item, 0 elsewhere; in place.
+// The affine map, or what max2 says, where there is a valid item, 0 elsewhere; in place.
 void apply(const Work& k, Buffer& b, int64_t rows, const GroupSums<Lanes>& s, const GroupAffine<Lanes>& a,
            Mask single) {
   const bool max2 = k.t.rule.baseline == Baseline::max2;
   const bool own_factor = k.t.rule.baseline == Baseline::loo && k.t.items.weights;
-  const Lanes low = s.low, shift = a.shift, gain = a.gain, top = (s.high - s.second) * gain, nan = s.m2 - s.m2;
+  // As GroupMap has it; a double keeps its last bits.
+  const bool wide = k.t.items.element == Element::f64;
+  const Lanes base = wide ? s.low : s.low - a.shift, shift = wide ? a.shift : Lanes(0.), gain = a.gain,
+              top = (s.high - s.second) * gain, nan = s.m2 - s.m2;
   for (int64_t j = 0; j < rows; ++j) {
     const Lanes x = vec_at(b.x + j * W), w = k.masked ? Lanes(vec_at(b.w + j * W)) : Lanes(1.);
-    Lanes y = (x - low + shift) * gain;
+    Lanes y = (x - base + shift) * gain;
     if (max2) y = select(single, y, select(x == s.high, top, 0.) + nan);
     if (own_factor) y = select(single, y, y * loo_factor(s.weight, w));
     vec_at(b.x + j * W) = select(w > 0., y + 0., 0.).v;  // + 0: no negative zeros
@@ -241,7 +244,7 @@ void solve(Work& k, Buffer& b) {
   const GroupAffine<Lanes> a = affine_of(s, t.rule, t.batch_spread, t.items.weights != nullptr);
   const Mask single = is_single(s, t.rule), same = is_degenerate(s);
   if (t.maps) {  // one group
-    t.maps[k.first] = {a.shift[0], a.gain[0], float(s.low[0]), same.m[0] != 0};
+    t.maps[k.first] = {s.low[0] - a.shift[0], a.gain[0]}, t.same[k.first] = same.m[0] != 0;
     return;
   }
   each_block(k, b, [&](int64_t rows, int64_t row) {

@@ -12,7 +12,7 @@ using Maybe = std::optional<Tensor>;
 // An optional 1-D tensor of a given type, made contiguous; keeps it alive.
 template <class T>
 struct Column {
-  Tensor kept;
+  std::optional<Tensor> kept;  // an undefined Tensor is memory as well
   const T* data = nullptr;
   int64_t size = 0;
   Column(const Maybe& t, ScalarType type, const Tensor& like, const char* name) {
@@ -21,8 +21,8 @@ struct Column {
     same_device(like, *t, name);
     kept = torch::stable::contiguous(*t);
     static const T nothing{};
-    size = kept.size(0);
-    data = size ? static_cast<const T*>(kept.const_data_ptr()) : &nothing;  // an empty one is given all the same
+    size = kept->size(0);
+    data = size ? static_cast<const T*>(kept->const_data_ptr()) : &nothing;  // an empty one is given all the same
   }
 };
 
@@ -97,9 +97,8 @@ std::tuple<Tensor, Tensor> group_advantages(const Tensor& rewards_in, const Mayb
   t.out = out.mutable_data_ptr();
   t.degenerate = static_cast<bool*>(degenerate.mutable_data_ptr());
   if (rewards.numel() == 0) return {out, degenerate};
-  std::optional<Workspace> memory;  // an empty one would cost a microsecond
-  if (const int64_t bytes = backend::group_advantages_workspace(t)) memory.emplace(rewards, bytes);
-  backend::group_advantages(t, memory ? memory->data() : nullptr, scope.stream());
+  const Workspace memory(rewards, backend::group_advantages_workspace(t));
+  backend::group_advantages(t, memory.data(), scope.stream());
   return {out, degenerate};
 }
 

@@ -59,13 +59,18 @@ void sum_up(int64_t groups, I* counts, int64_t* offsets) {
   offsets[groups] = at;
 }
 
+// places: of each group, where it begins; then, where it ends.
+template <class N, class I>
+void put_in_order(const N* number, int64_t n, I* places, I* order) {
+  for (int64_t i = 0; i < n; ++i) order[places[number[i]]++] = I(i);
+}
 // Counting sort. number[i] in [0, groups); places: [groups] is memory.
 template <class N, class I>
 void sort_by(const N* number, int64_t n, int64_t groups, I* places, int64_t* offsets, I* order) {
   std::memset(places, 0, size_t(groups) * sizeof(I));
   for (int64_t i = 0; i < n; ++i) ++places[number[i]];
   sum_up(groups, places, offsets);
-  for (int64_t i = 0; i < n; ++i) order[places[number[i]]++] = I(i);
+  put_in_order(number, n, places, order);
 }
 
 // Cuts the thread's memory into arrays; made twice, first without memory to know how much.
@@ -105,18 +110,18 @@ void number_keys(const int64_t* a, const int64_t* b, int64_t n, bool ordered, in
   };
   cut(Cutter(thread_scratch(cut(Cutter()))));
   s.groups = most;
+  std::memset(places, 0, size_t(most) * sizeof(I));
   const int64_t low = ra.low, columns = int64_t(wb), low_b = rb.low;
   if (!direct) {
     s.groups = number_by_hash(a, b, n, table, first, number);
+    for (int64_t i = 0; i < n; ++i) ++places[number[i]];
   } else if (!b) {
-    for (int64_t i = 0; i < n; ++i) number[i] = I(a[i] - low);
+    for (int64_t i = 0; i < n; ++i) ++places[number[i] = I(a[i] - low)];
   } else {
-    for (int64_t i = 0; i < n; ++i) number[i] = I((a[i] - low) * columns + (b[i] - low_b));
+    for (int64_t i = 0; i < n; ++i) ++places[number[i] = I((a[i] - low) * columns + (b[i] - low_b))];
   }
-  if (ordered) return sort_by(number, n, s.groups, places, s.offsets, order);
-  std::memset(places, 0, size_t(s.groups) * sizeof(I));
-  for (int64_t i = 0; i < n; ++i) ++places[number[i]];
   sum_up(s.groups, places, s.offsets);
+  if (ordered) put_in_order(number, n, places, order);
 }
 
 }  // namespace

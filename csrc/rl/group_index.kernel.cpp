@@ -22,6 +22,18 @@ inline unsigned lane_bits(Keys mask) {
   return bits;
 #endif
 }
+
+// Writes the places whose bit is set, one after another and then what it likes, W in all; returns how many are set.
+// No branch: where groups begin cannot be foreseen.
+inline int put(Vec<int64_t> places, unsigned bits, int64_t* to) {
+#if defined(__AVX512F__)
+  typedef long long Places __attribute__((vector_size(64)));
+  *reinterpret_cast<Keys*>(to) = __builtin_ia32_compressdi512_mask((Places)places, Places{}, bits);
+#else
+  for (int k = 0, at = 0; k < W; ++k) to[at] = places[k], at += bits >> k & 1;
+#endif
+  return __builtin_popcount(bits);
+}
 }  // namespace
 
 KeyRange key_range(const int64_t* keys, int64_t n) {
@@ -35,12 +47,13 @@ KeyRange key_range(const int64_t* keys, int64_t n) {
 
 int64_t key_runs(const int64_t* keys, int64_t n, int64_t* offsets) {
   int64_t groups = 1, i = 1;
+  Vec<int64_t> places;
+  for (int k = 0; k < W; ++k) places[k] = k;
   offsets[0] = 0;
   for (; i + W <= n; i += W) {
     const Keys before = *reinterpret_cast<const Keys*>(keys + i - 1), now = *reinterpret_cast<const Keys*>(keys + i);
     if (lane_bits(now < before)) return -1;
-    for (unsigned begins = lane_bits(now != before); begins; begins &= begins - 1)
-      offsets[groups++] = i + __builtin_ctz(begins);
+    groups += put(places + i, lane_bits(now != before), offsets + groups);
   }
   for (; i < n; ++i) {
     if (keys[i] < keys[i - 1]) return -1;

@@ -1,10 +1,8 @@
 #include "rl/plackett_luce_logprob.h"
 
-#include <stdexcept>
-#include <string>
-
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/value_error.h"
 
 namespace gradops {
 
@@ -13,9 +11,8 @@ void cpu::plackett_luce(const PlackettLuce& t, void*, void*) {
                [&, kernel = GRADOPS_DISPATCH(plackett_luce_rows)](int64_t b, int64_t e) {
                  const int64_t bad = kernel(t, b, e, thread_scratch(plackett_luce_scratch(t)));
                  if (bad >= 0)
-                   throw std::invalid_argument("plackett_luce_logprob: permutation must have items below " +
-                                               std::to_string(t.n) + ", each at most once; row " + std::to_string(bad) +
-                                               " does not");
+                   refuse_value("permutation", "have items below " + std::to_string(t.n) + ", each at most once",
+                                "others in row " + std::to_string(bad));
                });
 }
 

@@ -1,8 +1,7 @@
 #include "rl/policy_loss.h"
 
-#include <stdexcept>
-
 #include "common/parallel.h"
+#include "common/value_error.h"
 
 #define GRADOPS_INLINE inline
 #include "rl/policy_token.h"
@@ -12,11 +11,7 @@ namespace gradops {
 int64_t cpu::policy_loss_workspace(const PolicyLossTask& t) { return 8 * kPolicySums * t.sequences; }
 
 void cpu::policy_loss(const PolicyLossTask& t, void* workspace, void*) {
-  if (t.offsets) {
-    bool good = t.offsets[0] == 0 && t.offsets[t.sequences] == t.tokens;
-    for (int64_t s = 0; s < t.sequences; ++s) good = good && t.offsets[s] <= t.offsets[s + 1];
-    if (!good) throw std::runtime_error("policy_loss: cu_seqlens must rise from 0 to the number of tokens");
-  }
+  if (t.offsets) check_offsets("cu_seqlens", t.offsets, t.sequences, t.tokens);
   double* sums = static_cast<double*>(workspace);
   const int64_t grain = t.tokens > 0 ? 1 + 4096 * t.sequences / t.tokens : 4096;  // about 4096 tokens
   parallel_for(0, t.sequences, grain,

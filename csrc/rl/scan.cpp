@@ -1,9 +1,9 @@
 #include "rl/scan.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "common/parallel.h"
+#include "common/value_error.h"
 
 namespace gradops {
 namespace {
@@ -58,12 +58,7 @@ void long_row(const ScanTask& t, int64_t row, Chunk* chunks) {
 int64_t cpu::scan_workspace(const ScanTask& t) { return (t.tokens / kScanChunk + 1) * int64_t(sizeof(Chunk)); }
 
 void cpu::scan(const ScanTask& t, void* workspace, void*) {
-  if (t.offsets) {
-    bool good = t.rows >= 0 && t.offsets[0] == 0 && t.offsets[t.rows] == t.tokens;
-    for (int64_t i = 0; i < t.rows; ++i) good &= t.offsets[i] <= t.offsets[i + 1];
-    if (!good)
-      throw std::runtime_error("cu_seqlens must start with 0, never decrease and end with the number of tokens");
-  }
+  if (t.offsets) check_offsets("cu_seqlens", t.offsets, t.rows, t.tokens);
   const auto rows = GRADOPS_DISPATCH(scan_rows);
   if (t.tokens == 0) return rows(t, 0, t.rows);
   // A row of more than one thread's share is left for all of them.

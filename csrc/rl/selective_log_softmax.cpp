@@ -1,10 +1,10 @@
 #include "rl/selective_log_softmax.h"
 
-#include <stdexcept>
 #include <string>
 
 #include "common/huge_pages.h"
 #include "common/parallel.h"
+#include "common/value_error.h"
 
 namespace gradops {
 namespace {
@@ -12,8 +12,7 @@ namespace {
 constexpr int64_t kWork = 16384;  // entries that are worth a thread
 
 [[noreturn]] void refuse(const char* what, int64_t value, const std::string& expected) {
-  throw std::runtime_error(std::string("selective_log_softmax: ") + what + " must be " + expected + ", got " +
-                           std::to_string(value));
+  refuse_value(what, "be " + expected, value);
 }
 
 template <class Task>

@@ -49,6 +49,25 @@ def check_device(x: Tensor, name: str, y: Tensor, other: str) -> None:
         raise ValueError(f"{name} must be on the device of {other}, {y.device}, got {x.device}")
 
 
+def may_look(x: Tensor) -> bool:
+    """Whether looking at x's numbers costs no wait and breaks neither a compiler's graph nor a transform."""
+    return x.is_cpu and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def check_ids(ids: Tensor, name: str, n: int) -> None:
+    """ids, if they may be looked at, must be in [0, n). For what is made of torch's operations; ours check inside."""
+    if may_look(ids) and ids.numel():
+        low, high = (int(x) for x in ids.aminmax())
+        if low < 0 or high >= n:
+            raise ValueError(f"{name} must be in [0, {n}), got {low if low < 0 else high}")
+
+
+def check_rising(offsets: Tensor, name: str, n: int) -> None:
+    """Offsets, if they may be looked at, must rise from 0 to n. For what is made of torch's operations."""
+    if may_look(offsets) and (offsets[0] != 0 or offsets[-1] != n or (offsets.diff() < 0).any()):
+        raise ValueError(f"{name} must rise from 0 to {n}, got {offsets.tolist()}")
+
+
 def check_one_of(x: Any, name: str, choices: tuple[Any, ...]) -> None:
     if x not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {x!r}")

@@ -69,8 +69,8 @@ def test_bad_input():
         (([0.1], 4), TypeError, "p must be a torch.Tensor"),
         ((p[None], 4), ValueError, r"p must have shape \(prompts,\)"),
         ((p, 3), ValueError, r"budget must be at least low \* len\(p\) = 4, got 3"),
-        ((p * 9, 8), RuntimeError, r"p must be in \[0, 1\], got 1.8"),
-        ((p * torch.nan, 8), RuntimeError, r"p must be in \[0, 1\]"),
+        ((p * 9, 8), ValueError, r"p must be in \[0, 1\], got 1.8"),
+        ((p * torch.nan, 8), ValueError, r"p must be in \[0, 1\]"),
         ((p.to("meta"), 8), ValueError, "p must be on the CPU"),
     ]:
         with pytest.raises(error, match=message):

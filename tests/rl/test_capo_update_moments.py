@@ -110,8 +110,8 @@ def test_bad_indices_change_nothing_on_the_cpu():
     args[7][:] = True
     before = args[0].clone()
     for which, bad, words in ((4, 3, "action_index must be below 3, got 3"),
-                              (6, -1, "token_ids must be below 11 and not negative, got -1"),
-                              (6, 11, "token_ids must be below 11")):
+                              (6, -1, r"token_ids must be in \[0, 11\), got -1"),
+                              (6, 11, r"token_ids must be in \[0, 11\), got 11")):
         wrong = [x.clone() for x in args]
         wrong[which][2] = bad
         with pytest.raises(ValueError, match=words):

@@ -74,7 +74,7 @@ BAD = [([0, 2, 1, 6], [0, 3]), ([0, 2, 9, 6], [0, 3]), ([-1, 2, 4, 6], [0, 3]), 
 
 @pytest.mark.parametrize("cu_seqlens, offsets", BAD)
 def test_bad_offsets_on_the_cpu(cu_seqlens, offsets):
-    with pytest.raises(ValueError, match="permutation_weights: (cu_seqlens|offsets) must rise from 0"):
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 6, and no|offsets must rise from 0 to 3, got"):
         permutation_weights(torch.zeros(6), torch.tensor(cu_seqlens), offsets=torch.tensor(offsets))
 
 

@@ -157,7 +157,7 @@ def test_bad_input():
     for bad in ([1, 2, 1, 0], [0, 1, 2, 5]):
         wrong = permutation.clone()
         wrong[1] = torch.tensor(bad)
-        with pytest.raises(ValueError, match="items below 5, each at most once; row 1 does not"):
+        with pytest.raises(ValueError, match="have items below 5, each at most once, got others in row 1"):
             plackett_luce_logprob(scores, wrong)
     with pytest.raises(TypeError, match="scores must be a torch.Tensor, got ndarray"):
         plackett_luce_logprob(np.ones(3), permutation)

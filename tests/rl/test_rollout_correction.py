@@ -112,7 +112,7 @@ def test_bad_input():
          lambda: rollout_correction(x, x, low=3, high=2)),
         (ValueError, "veto must be between 0 and 1, got 2", lambda: rollout_correction(x, x, veto=2)),
         (RuntimeError, "old_logp asks for a derivative", lambda: rollout_correction(x.clone().requires_grad_(), x)),
-        (RuntimeError, "cu_seqlens must rise from 0",
+        (ValueError, "cu_seqlens must rise from 0 to 3, got 4 at index 1",
          lambda: rollout_correction(x[0], x[0], cu_seqlens=torch.tensor([0, 4]))),
     ]:  # fmt: skip
         with pytest.raises(error, match=match):

@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_integers
+from .._checks import check_device, check_integers, check_rising
 
 
 def check_labels(labels: Any, name: str, rewards: Tensor, other: str = "rewards") -> Tensor:
@@ -69,6 +69,7 @@ def as_ids(rewards: Tensor, offsets: Tensor | None, ids: Tensor | None, group_si
     n = rewards.shape[0]
     if offsets is None:
         return torch.arange(n, device=rewards.device) // group_size
+    check_rising(offsets, "offsets", n)
     groups = torch.arange(offsets.shape[0] - 1, device=rewards.device)
     return torch.repeat_interleave(groups, offsets.diff(), output_size=n)
 

@@ -34,8 +34,9 @@ def allocate_rollouts(p: Tensor, budget: int, *, low: int = 2, high: int = 128, 
 
     Raises:
         TypeError: ``p`` is no dense real floating-point tensor.
-        ValueError: ``p`` is not 1-dimensional or not on the CPU, or ``low``, ``high``, ``budget`` or ``method`` is bad.
-        RuntimeError: a number in ``p`` is outside [0, 1] or NaN, or ``p`` asks for a derivative.
+        ValueError: ``p`` is not 1-dimensional or not on the CPU, or ``low``, ``high``, ``budget`` or ``method`` is bad,
+            or a number in ``p`` is outside [0, 1] or NaN.
+        RuntimeError: ``p`` asks for a derivative.
 
     V0, arXiv 2602.03584, eq. 9 and 10 and its greedy allocator (taken from a public review; 2 and 128 are the paper's).
 

@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_floating, check_integers, check_like, check_one_of
+from .._checks import check_device, check_floating, check_ids, check_integers, check_like, check_one_of
 from .._op import refuse_derivative
 
 
@@ -51,10 +51,7 @@ def curriculum_update(q: Tensor, categories: Tensor, advantages: Tensor, alpha: 
     check_one_of(unseen, "unseen", ("decay", "keep"))
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    if q.device.type == "cpu" and not torch.compiler.is_compiling() and categories.numel():
-        low, high = (int(x) for x in categories.aminmax())
-        if low < 0 or high >= q.shape[0]:
-            raise ValueError(f"categories must be in [0, {q.shape[0]}), got {low if low < 0 else high}")
+    check_ids(categories, "categories", q.shape[0])
     # A table of categories x samples: sums along its rows have a fixed order, which index_add on CUDA has not.
     mine = torch.arange(q.shape[0], device=q.device)[:, None] == categories
     count = mine.sum(1)

@@ -38,9 +38,9 @@ def discounted_returns(rewards: Tensor, gamma: float, *, terminated: Tensor | No
     Raises:
         TypeError: a tensor has a wrong dtype or layout.
         ValueError: shapes or devices disagree, ``truncated`` comes without ``next_values``, ``last_values`` with
-            ``next_values``, or ``gamma`` is outside [0, 1].
-        RuntimeError: on CPU, ``cu_seqlens`` does not rise from 0 to ``N``. CUDA offsets are not checked: wrong ones
-            give wrong numbers, but nothing outside the tensors is read.
+            ``next_values``, ``gamma`` is outside [0, 1], or, on the CPU,
+            ``cu_seqlens`` does not rise from 0 to ``N``. CUDA offsets are not checked: wrong ones give wrong numbers,
+            but nothing outside the tensors is read.
 
     Linear in ``rewards``, ``next_values`` and ``last_values``: differentiable to any order, and in forward mode.
     O(tokens): reads once, writes once. A row's bits depend neither on the other rows nor on the number of threads.

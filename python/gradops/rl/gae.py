@@ -43,9 +43,9 @@ def gae(rewards: Tensor, values: Tensor, *, gamma: float, lam: float, terminated
     Raises:
         TypeError: a tensor has a wrong dtype or layout.
         ValueError: shapes or devices disagree, ``truncated`` comes without ``next_values``, ``last_values`` with
-            ``next_values``, or ``gamma`` or ``lam`` is outside [0, 1].
-        RuntimeError: on CPU, ``cu_seqlens`` does not rise from 0 to ``N``. CUDA offsets are not checked: wrong ones
-            give wrong numbers, but nothing outside the tensors is read.
+            ``next_values``, ``gamma`` or ``lam`` is outside [0, 1], or, on the CPU,
+            ``cu_seqlens`` does not rise from 0 to ``N``. CUDA offsets are not checked: wrong ones give wrong numbers,
+            but nothing outside the tensors is read.
 
     Schulman et al., arXiv 1506.02438, eq. 16. verl's ``compute_gae_advantage_return`` is this with its
     ``response_mask`` as ``mask``, then whitened; where the mask is 0 it holds the carry, ours 0. torchrl's

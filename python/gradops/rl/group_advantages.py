@@ -108,8 +108,9 @@ def group_advantages(rewards: Tensor, *, offsets: Tensor | None = None, ids: Any
         its columns) are equal or fewer than two, so that it says nothing.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or name, or contradicts preset or compat.
-        RuntimeError: offsets out of order (CPU), or a derivative is asked for: advantages are constants of the loss.
+        TypeError, ValueError: an argument has the wrong type, shape or name, or contradicts preset or compat; offsets
+            do not rise from 0 to N (CPU).
+        RuntimeError: a derivative is asked for: advantages are constants of the loss.
 
     A NaN among a group's valid rewards makes that group NaN, and no other (with a batch-wide spread: all).
     Sums are made in float64 of terms rounded so that no bit depends on their order: permuted rewards give exactly the
@@ -214,8 +215,9 @@ def trajectory_advantages(rewards: Tensor, trajectory_ids: Tensor, segment_offse
         ``(S,)`` advantages: float32, or float64 for float64 rewards.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or name.
-        RuntimeError: values of segment_offsets out of order (CPU), or a derivative is asked for.
+        TypeError, ValueError: an argument has the wrong type, shape or name; segment_offsets do not rise from 0 to S
+            (CPU).
+        RuntimeError: a derivative is asked for.
 
     Source: DCPO of MemAct, arXiv 2510.12635, and its code. O(S log S); no host sync.
 

@@ -9,8 +9,8 @@ from .._op import register
 
 
 def _fake(labels):
-    groups = torch.library.get_ctx().new_dynamic_size()
-    return torch.empty_like(labels), torch.empty_like(labels), labels.new_empty(groups + 1)
+    places = torch.library.get_ctx().new_dynamic_size(min=1)  # the number of groups + 1: must be a size as it is
+    return torch.empty_like(labels), torch.empty_like(labels), labels.new_empty(places)
 
 
 _op = register("group_index", fake=_fake, vmap=False)

@@ -31,7 +31,7 @@ def lambda_returns(rewards: Tensor, values: Tensor | None = None, *, gamma: floa
         :math:`G` like ``rewards``; float32 for 16-bit input, and the promoted dtype of mixed input.
 
     Raises:
-        TypeError, RuntimeError: as :func:`discounted_returns`.
+        TypeError: as :func:`discounted_returns`.
         ValueError: as there, or if not one of ``values`` and ``next_values`` is given.
 
     Sutton, Learning to Predict by the Methods of Temporal Differences, 1988. Equals ``gae(...)[1]``; torchrl's

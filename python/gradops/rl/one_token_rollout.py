@@ -56,9 +56,8 @@ def one_token_rollout_loss(logits: Tensor, targets: Tensor, *, temperature: floa
 
     Raises:
         TypeError: an argument is no dense tensor of its kind.
-        ValueError: shapes, devices or numbers do not fit.
-        RuntimeError: on CPU, a target outside [0, V). On CUDA this is not checked, since that would stop the stream:
-            such a row's loss and gradient are NaN.
+        ValueError: shapes, devices or numbers do not fit; on the CPU, a target outside [0, V). On CUDA this is not
+            checked, since that would stop the stream: such a row's loss and gradient are NaN.
 
     Arithmetic is in float32 (float64 for float64 logits), with sums carried on in float64. The loss reads the logits
     once (with ``k`` two or three times), its gradient once more; no other ``(..., V)`` tensor is made. Differentiable

@@ -102,9 +102,9 @@ def policy_loss(
 
     Raises:
         TypeError: a tensor of the wrong dtype or layout.
-        ValueError: shapes or devices that do not fit; an option that the kind does not have; ``normalizer`` missing.
-        RuntimeError: another tensor than ``logp`` asks for a derivative; a second derivative is asked for; on the CPU,
-            ``cu_seqlens`` does not rise from 0 to N.
+        ValueError: shapes or devices that do not fit; an option that the kind does not have; ``normalizer`` missing;
+            on the CPU, ``cu_seqlens`` does not rise from 0 to N.
+        RuntimeError: another tensor than ``logp`` asks for a derivative; a second derivative is asked for.
 
     Log-ratios are not clamped (verl clamps them to 20, TRL does not): where :math:`e^d` overflows, r is the largest
     finite number, so that a clipped token is exact and one of zero advantage is 0. Sums are made in float64

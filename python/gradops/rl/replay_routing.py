@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_floating, check_integers
+from .._checks import check_device, check_floating, check_ids, check_integers
 
 
 @torch.compiler.allow_in_graph
@@ -24,8 +24,8 @@ def replay_routing(router_logits: Tensor, recorded_ids: Tensor, *, renormalize: 
 
     Raises:
         TypeError: wrong dtypes.
-        ValueError: shapes or devices that do not fit.
-        IndexError, RuntimeError: on the CPU, an id is not in [0, E); on CUDA torch's assertion.
+        ValueError: shapes or devices that do not fit; on the CPU, an id not in [0, E); on CUDA, and where compiled or
+            under ``torch.vmap``, that is an error of torch's.
 
     Routing replay of "Stabilizing reinforcement learning with LLMs" (arXiv 2512.01374): R2 records in the training
     engine (of the old policy), R3 in the rollout engine. Its text on renormalisation could not be confirmed; the
@@ -45,6 +45,7 @@ def replay_routing(router_logits: Tensor, recorded_ids: Tensor, *, renormalize: 
     if router_logits.dim() < 1 or recorded_ids.dim() < 1 or router_logits.shape[:-1] != recorded_ids.shape[:-1]:
         raise ValueError("recorded_ids must be (..., K) for router_logits (..., E), got shapes "
                          f"{tuple(recorded_ids.shape)} and {tuple(router_logits.shape)}")
+    check_ids(recorded_ids, "recorded_ids", router_logits.shape[-1])
     dtype = torch.promote_types(router_logits.dtype, torch.float32)
     ids = recorded_ids.long()
     if renormalize:

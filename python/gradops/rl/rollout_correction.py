@@ -57,8 +57,9 @@ def rollout_correction(
 
     Raises:
         TypeError: a tensor of the wrong dtype or layout.
-        ValueError: shapes or devices that do not fit; an unknown mode; bounds out of order.
-        RuntimeError: a derivative is asked for; on the CPU, ``cu_seqlens`` does not rise from 0 to N.
+        ValueError: shapes or devices that do not fit; an unknown mode; bounds out of order; on the CPU,
+            ``cu_seqlens`` does not rise from 0 to N.
+        RuntimeError: a derivative is asked for.
 
     A NaN that is not masked is rejected by the masking modes, and stays NaN in the others. Engines that record NaN for
     tokens they could not score: pass ``torch.where(rollout_logp.isnan(), old_logp, rollout_logp)``, as

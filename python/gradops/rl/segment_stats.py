@@ -56,8 +56,9 @@ def segment_stats(x: Tensor, *, offsets: Tensor | None = None, ids: Tensor | Non
         max NaN.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or shape; not exactly one of offsets and ids is given.
-        RuntimeError: values of offsets or ids out of range (CPU), or a derivative is asked for.
+        TypeError, ValueError: an argument has the wrong type or shape; not exactly one of offsets and ids is given;
+            on the CPU, offsets do not rise from 0 to N, or a number in ids is outside [0, num_groups).
+        RuntimeError: a derivative is asked for.
 
     One launch on CUDA, without waiting for the device. Linear in ``N + G`` on CPU.
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_integers, check_like, check_tensor
+from .._checks import check_device, check_integers, check_like, check_rising, check_tensor, may_look
 
 
 class Segments(NamedTuple):
@@ -72,16 +72,16 @@ def segment_trajectories(cu_seqlens: Tensor, trainable: Tensor, prunes: Tensor, 
     check_like(prunes, "prunes", trainable, "trainable")
     check_like(removed_by, "removed_by", trainable, "trainable")
     check_device(cu_seqlens, "cu_seqlens", trainable, "trainable")
-    on_cpu, n, bounds = trainable.device.type == "cpu", trainable.shape[0], cu_seqlens.long()
-    if on_cpu and (bounds[0] != 0 or bounds[-1] != n or (bounds.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens must start with 0, never decrease and end with the number of tokens, {n}")
+    n, bounds = trainable.shape[0], cu_seqlens.long()
+    check_rising(bounds, "cu_seqlens", n)
 
     trajectory = torch.repeat_interleave(bounds.diff(), output_size=n)
     calls_before = torch.cat([bounds.new_zeros(1), prunes.cumsum(0)])  # before token t, in the whole pack
     calls = calls_before[bounds[1:]] - calls_before[bounds[:-1]]
     born = calls_before[:-1] - calls_before[bounds[:-1]][trajectory]  # the segment in which a token is produced
     removed = removed_by.long()
-    if on_cpu and ((removed < -1) | (removed >= calls[trajectory]) | (removed >= 0) & (removed < born)).any():
+    wrong = (removed < -1) | (removed >= calls[trajectory]) | (removed >= 0) & (removed < born)
+    if may_look(removed) and wrong.any():
         raise ValueError("removed_by must be -1 or a prune call of the token's trajectory that is not before the token")
 
     # A trajectory has one more segment than calls, unless a call was its last token.

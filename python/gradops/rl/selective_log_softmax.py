@@ -59,9 +59,9 @@ def selective_log_softmax(logits: Tensor, index: Tensor, *, temperature: float =
 
     Raises:
         TypeError: an argument is no dense tensor of its kind, or ``out_dtype`` is another.
-        ValueError: shapes, devices, names or numbers do not fit.
-        RuntimeError: on CPU: an index outside [0, V), or keep sets that do not ascend within it. On CUDA these are not
-            checked, since that would stop the stream: such a target has logp = NaN, such a set gives anything.
+        ValueError: shapes, devices, names or numbers do not fit; on the CPU, an index outside [0, V), or keep sets that
+            do not ascend within it. On CUDA these are not checked, since that would stop the stream: such a target has
+            logp = NaN, such a set gives anything.
 
     Arithmetic is in float32 (float64 for float64 logits), with sums carried on in float64: logp and entropy are within
     3e-6 of exact ones for the logits as given, 16-bit ones included, before ``out_dtype`` rounds them; with a softcap

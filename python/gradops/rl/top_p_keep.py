@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_floating, check_integers
+from .._checks import check_device, check_floating, check_ids, check_integers
 from .._op import refuse_derivative, register
 
 _op = register("top_p_keep", fake=lambda logits, p, min_keep: torch.empty(
@@ -44,8 +44,8 @@ def top_p_keep(logits: Tensor, p: float, always_keep: Tensor | None = None, min_
 
     Raises:
         TypeError: an argument is no dense tensor of its kind.
-        ValueError: shapes, devices or numbers do not fit.
-        RuntimeError: ``logits`` asks for a derivative; the sets are constants. On CPU: an id outside [0, V).
+        ValueError: shapes, devices or numbers do not fit; on the CPU, an id outside [0, V).
+        RuntimeError: ``logits`` asks for a derivative; the sets are constants.
 
     The edge of the nucleus is found by bisection over the logits, about 32 sums over a row, with no sort. A mass within
     1e-6 of p (1e-15 for float64) may fall to either side. How much is kept is only known afterwards, so on CUDA this
@@ -71,6 +71,7 @@ def top_p_keep(logits: Tensor, p: float, always_keep: Tensor | None = None, min_
         if always_keep.dim() != 1 and always_keep.shape[:-1] != logits.shape[:-1]:
             raise ValueError(f"always_keep must have shape (S,) or {(*logits.shape[:-1], 'S')}, "
                              f"got {tuple(always_keep.shape)}")
+        check_ids(always_keep, "always_keep", logits.shape[-1])
     refuse_derivative("top_p_keep", logits=logits)
     mask = _keep(logits, float(p), always_keep, min_keep)
     offsets = torch.zeros(len(mask) + 1, dtype=torch.int64, device=mask.device)

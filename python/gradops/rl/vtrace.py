@@ -40,7 +40,7 @@ def vtrace(rewards: Tensor, values: Tensor, log_ratios: Tensor, *, gamma: float,
     Raises:
         TypeError: as :func:`gae`.
         ValueError: as :func:`gae`, or a clip is negative.
-        RuntimeError: ``log_ratios`` asks for a derivative, or ``cu_seqlens`` is wrong (see :func:`gae`).
+        RuntimeError: ``log_ratios`` asks for a derivative.
 
     Espeholt et al., arXiv 1802.01561, eq. 1 and section 4.2 (:math:`\rho` clips the advantage as well; some libraries
     have a threshold of its own there). torchrl's ``vtrace_advantage_estimate`` with ``lam = 1``.
