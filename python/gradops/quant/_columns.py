@@ -99,6 +99,27 @@ def blocks(n: int, group: int, block_size: int, whole_groups: bool) -> list[tupl
             for i in range(g, min(g + group, n), block_size)]
 
 
+def groups_known_until(begin: int, end: int, n: int, group: int, fresh: bool) -> int:
+    """The columns that have to be current when a block begins, for the scales of groups that begin in it."""
+    if fresh and group <= end - begin:
+        return end  # one group at a time, within the block
+    last = -(-end // group)
+    return max(end, min(last * group, n)) if -(-begin // group) < last else end
+
+
+def one_block_ahead(n: int, group: int, block_size: int, fresh: bool) -> bool:
+    """Whether no scale needs columns beyond its block; before the first, all columns are as given."""
+    return all(groups_known_until(begin, end, n, group, fresh) == end
+               for begin, end in blocks(n, group, block_size, fresh) if begin > 0)
+
+
+def items_together(x: Tensor) -> int:
+    """How many items of a batch to take at a time: on the CPU, as many as keep the threads busy within the caches."""
+    if x.device.type != "cpu":
+        return max(1, len(x))
+    return max(torch.get_num_threads(), 2**23 // max(1, x[:1].nbytes))
+
+
 def nvfp4_unit(W: Tensor) -> Tensor:
     """The number, one per item, whose E4M3 multiples are the scales of NVFP4: the largest weight gets the largest."""
     unit = W.abs().flatten(-2).amax(-1) / (6 * 448)

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from .._checks import check_one_of
 from .._op import refuse_derivative
-from ..linalg.newton_schulz import _matmul_precision
 from ._columns import (
     GRIDS,
     METHODS,
@@ -18,8 +17,11 @@ from ._columns import (
     check_square,
     column_order,
     nvfp4_unit,
+    one_block_ahead,
 )  # fmt: skip
-from ._walk import gptq_block, gptq_columns
+from ._pull import pull_of
+from .gptq_block import gptq_block
+from .gptq_columns import gptq_columns
 from .hessian_factor import hessian_factor
 
 
@@ -122,11 +124,14 @@ def gptq_quantize(
     dead = diagonal == 0
     unseen = dead.all(-1)
     order = column_order(diagonal + dead, group, desc_act, act_group_aware)
+    # R in place of U = R^-1 saves an inversion, where every block needs scales of its own columns only.
+    inverse = factor is not None or gptaq or not (
+        static_groups or scales is not None or one_block_ahead(n, group, block_size, group_params == "fresh"))
     if factor is None:
         once = slice(1 if H.dim() == 2 else None)  # one Hessian for all is factored once
         u, _, info = hessian_factor(_in_order(h[once], None if order is None else order[once]),
                                     damp_percent=damp_percent, damp_auto_increment=damp_auto_increment,
-                                    factor_dtype=factor_dtype)  # fmt: skip
+                                    factor_dtype=factor_dtype, inverse=inverse)  # fmt: skip
         u, info = u.expand(h.shape), info.expand(items)
     else:
         u, info = square(factor), torch.where(unseen, 3, -dead.sum(-1)).int()
@@ -137,11 +142,10 @@ def gptq_quantize(
     given = _given_scales(w, scales, zeros, static_groups, order, group, options, unit)
     pull = None
     if gptaq and D is not None:
-        with _matmul_precision("highest"):
-            pull = alpha * (_in_order(square(D).float(), order) @ u.mT).triu(1) @ u
+        pull = pull_of(_in_order(square(D).float(), order), u, alpha)
         pull = pull.masked_fill((info > 0)[:, None, None], 0.0)
     codes, q, loss, scale, zero = gptq_columns(
-        w if order is None else w.take_along_dim(order[:, None], -1), u, pull, *(given or (None,) * 3), unit, group,
+        w if order is None else w.take_along_dim(order[:, None], -1), u, inverse, pull, *(given or (None,) * 3), unit, group,
         block_size, group_params == "fresh", *options, beta if foem else 0.0, pull_across_blocks, compat == "authors",
     )  # fmt: skip
     g_idx = (torch.arange(n, device=w.device) // group).expand(items, n)
