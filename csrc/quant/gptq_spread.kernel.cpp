@@ -13,8 +13,8 @@ constexpr int kVectors = kVectorBytes == 64 ? 2 : kVectorBytes == 32 ? 3 : 4;
 template <class T>
 constexpr int kWidth = kVectors * kLanes<T>;
 template <class T>
-constexpr int64_t kDepth = 1024 / int64_t(sizeof(T));
-constexpr int64_t kCols = 192;
+constexpr int64_t kDepth = 2048 / int64_t(sizeof(T));
+constexpr int64_t kCols = kVectorBytes == 32 ? 120 : 128;
 static_assert(kCols % kWidth<float> == 0 && kCols % kWidth<double> == 0);
 
 template <class T>
@@ -95,9 +95,17 @@ struct Pass {  // some rows of one item, some columns, some terms
   void tiles(int64_t& row) const {
     for (; row + R <= rows; row += R) {
       for (int r = 0; r < R; ++r) __builtin_memcpy(left + r * kDepth<T>, e + (row + r) * t.e_row, depth * sizeof(T));
-      for (int64_t c = 0; c < cols; c += kWidth<T>)
+      const int64_t panels = (cols + kWidth<T> - 1) / kWidth<T>, after = row + R;
+      const int64_t next = rows - after < kRows ? rows - after : kRows;
+      for (int64_t p = 0; p < panels; ++p) {  // the rows that the next tile copies are fetched during this one
+        for (int64_t r = next * p / panels; r < next * (p + 1) / panels; ++r) fetch(e + (after + r) * t.e_row);
+        const int64_t c = p * kWidth<T>;
         tile<T, R>(left, u + c * depth, depth, cols - c, t.add, w + row * t.w_row + c, t.w_row);
+      }
     }
+  }
+  void fetch(const T* from) const {
+    for (int64_t k = 0; k < depth; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + k);
   }
   void run() const {
     int64_t row = 0;

@@ -45,6 +45,7 @@ CALLS = {
     "gptq_columns": Call(columns, lambda x: quant.gptq_quantize(x, hessian(x), method="foem").weight, derivatives=0,
                          large=lambda: torch.randn(3, 300, 297, generator=torch.Generator().manual_seed(1))),
     "gptq_spread_": Call(spread, None, own_bits=False, vmap=False),  # returns nothing to compare
+    "prefer_huge_pages": Call(lambda x: (x,), None, own_bits=False, vmap=False),  # changes nothing
     "upper_factor": Call(small, None, vmap=False, large=lambda: torch.randn(3, 5, 127)),
     "gptq_pack": Call(lambda x: (codes(x), 3, True), None, floating=False),
     "gptq_unpack": Call(packed, None, floating=False),

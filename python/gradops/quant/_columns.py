@@ -5,11 +5,14 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_matrix, check_one_of
+from .._op import register
 
 GRIDS = ("int", "nvfp4", "mxfp4")
 METHODS = ("gptq", "gptaq", "foem", "foem+gptaq")
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_BLOCK = 128
+
+_prefer_huge_pages = register("prefer_huge_pages", fake=lambda x: None, vmap=False)
 
 
 class QuantizedWeight(NamedTuple):
@@ -118,6 +121,15 @@ def items_together(x: Tensor) -> int:
     if x.device.type != "cpu":
         return max(1, len(x))
     return max(torch.get_num_threads(), 2**23 // max(1, x[:1].nbytes))
+
+
+def fresh_like(x: Tensor) -> Tensor:
+    """An empty contiguous tensor like x. On the CPU, first use of large memory costs several times what it should in
+    pages of 4096 bytes."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.device.type == "cpu":
+        _prefer_huge_pages(out)
+    return out
 
 
 def nvfp4_unit(W: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._op import _library, register
 from ..linalg.newton_schulz import _matmul_precision
-from ._columns import blocks, groups_known_until, items_together
+from ._columns import blocks, fresh_like, groups_known_until, items_together
 from .gptq_block import gptq_block
 from .gptq_spread import gptq_spread_
 from .upper_factor import upper_factor
@@ -38,7 +38,7 @@ def _gptq_columns(w: Tensor, factor: Tensor, inverse: bool, pull: Tensor | None,
 
     tensors = (three(w), three(factor), three(pull), three(scale), three(zero), three(group, 1), three(unit, 0))
     walk = blocks(w.shape[-1], group_size, block_size, fresh and scale is None)
-    out = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    out = fresh_like(tensors[0])
     results = [torch.empty_like(out, dtype=torch.uint8), out, out.new_empty(out.shape[:2])]
     found = out.new_empty((*out.shape[:2], 0 if scale is not None else -(-w.shape[-1] // group_size)))
     results += [found, torch.empty_like(found)]
@@ -58,36 +58,36 @@ def _walk(original: Tensor, factor: Tensor, pull: Tensor | None, scale: Tensor |
     codes, q, loss, scales, zeros = results
     loss.zero_()
     n = original.shape[-1]
-    w = original.clone(memory_format=torch.contiguous_format)  # becomes what compensation makes of it
-    before = torch.empty_like(w)  # of the columns before the block: E, or X
-    latents = None if pull is None else torch.empty_like(w)
-    # Columns up to `ready` hold what the columns before `since` leave for them; those after, nothing.
-    ready, since = 0, 0
+    before = fresh_like(original)  # of the columns done: E, or X
+    latents = None if pull is None else fresh_like(before)
+    # Up to column `ready`, w holds what the columns before `since` leave; from there on, nothing.
+    w, ready, since = original, 0, 0
 
-    def bring(columns: slice, from_: int, to: int) -> None:
-        if from_ == to or columns.start >= columns.stop:
-            return
-        gptq_spread_(w[:, :, columns], before[:, :, from_:to], factor[:, from_:to, columns])
+    def leave(target: Tensor, columns: slice, from_: int, to: int) -> None:
+        """What columns from_ to `to` leave for these."""
+        gptq_spread_(target, before[:, :, from_:to], factor[:, from_:to, columns])
         if latents is not None and pull is not None:
-            gptq_spread_(w[:, :, columns], latents[:, :, from_:to], pull[:, from_:to, columns], add=True)
+            gptq_spread_(target, latents[:, :, from_:to], pull[:, from_:to, columns], add=True)
 
     for begin, end in walk:
         here = slice(begin, end)
-        current = w[:, :, here]
+        until = end if scale is not None else groups_known_until(begin, end, n, group_size, fresh)
+        if until > max(ready, end):  # a group that begins here and goes on after the block
+            if begin > 0:
+                w = fresh_like(w).copy_(w) if w is original else w
+                for columns, from_ in ((slice(begin, ready), since), (slice(max(begin, ready), until), 0)):
+                    if columns.start < columns.stop:
+                        leave(w[:, :, columns], columns, from_, begin)
+            ready, since = until, begin
+        current = w[:, :, here].clone(memory_format=torch.contiguous_format)
         share = None
         if inverse:
             u = factor[:, here, here]
-            until = end if scale is not None else groups_known_until(begin, end, n, group_size, fresh)
-            if until > ready:
-                bring(slice(begin, ready), since, begin)
-                bring(slice(max(begin, ready), until), 0, begin)
-                ready, since = until, begin
-            else:
-                bring(here, since, begin)
+            leave(current, here, since if end <= ready else 0, begin)
         else:
             u = upper_factor(factor[:, here, here], factored=True)[1]
             if begin > 0:
-                share = torch.zeros_like(current, memory_format=torch.contiguous_format)
+                share = torch.zeros_like(current)
                 gptq_spread_(share, before[:, :, :begin], factor[:, :begin, here], add=True)
                 gptq_spread_(current, share, u, add=True)
         known: tuple[Tensor | None, ...] = (None, None, None)
@@ -96,7 +96,8 @@ def _walk(original: Tensor, factor: Tensor, pull: Tensor | None, scale: Tensor |
             known = (scale, zero, group[:, here])
         elif not fresh or group_size > end - begin:
             if first < last:
-                columns = w[:, :, first * group_size : min(last * group_size, n)]
+                from_, to = first * group_size, min(last * group_size, n)
+                columns = w[:, :, from_:to] if to > end else current[:, :, from_ - begin : to - begin]
                 scales[:, :, first:last], zeros[:, :, first:last] = gptq_block(
                     columns, *(None,) * 6, unit, group_size, *grid, 0.0, False, False)[4:6]
             low = begin // group_size

@@ -143,7 +143,7 @@ def gptq_quantize(
     pull = None
     if gptaq and D is not None:
         pull = pull_of(_in_order(square(D).float(), order), u, alpha)
-        pull = pull.masked_fill((info > 0)[:, None, None], 0.0)
+        pull.masked_fill_((info > 0)[:, None, None], 0.0)
     codes, q, loss, scale, zero = gptq_columns(
         w if order is None else w.take_along_dim(order[:, None], -1), u, inverse, pull, *(given or (None,) * 3), unit, group,
         block_size, group_params == "fresh", *options, beta if foem else 0.0, pull_across_blocks, compat == "authors",

@@ -5,7 +5,7 @@ from torch import Tensor
 from .._checks import check_tensor
 from .._op import _library, refuse_derivative, register
 from ..linalg.newton_schulz import _matmul_precision
-from ._columns import items_together
+from ._columns import fresh_like, items_together
 from .gptq_spread import gptq_spread_
 from .upper_factor import MOST_COLUMNS, upper_factor
 
@@ -20,7 +20,7 @@ def _hessian_factor(H: Tensor, damp_percent: float, damp_auto_increment: float,
                     inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     n = H.shape[-1]
     h = H.reshape(H.shape[:-2].numel(), n, n)
-    factor = torch.empty_like(h, memory_format=torch.contiguous_format)
+    factor = fresh_like(h).zero_()
     if len(h) == 0:
         return _fake(H, damp_percent, damp_auto_increment, inverse)
     step = items_together(h)  # an item of a batch gets the bits that it gets alone
@@ -117,15 +117,12 @@ def _factor(h: Tensor, out: Tensor, percent: float, increment: float, inverse: b
 
     def attempt(which: slice | Tensor) -> Tensor:
         """Factors these items into `out`; which of them are not definite."""
-        target = out[which].copy_(h[which])
+        target = out[which]
         added = damp[which].to(h.dtype) * mean[which]
-        target.diagonal(0, -2, -1).copy_(diagonal[which] + added[:, None])
-        bad = info[which] > 0
-        _to_identity(target, bad)
-        failed = _reversed_cholesky_(target) & ~bad
+        failed = _reversed_cholesky(h[which], diagonal[which] + added[:, None], target)
         if not isinstance(which, slice):
             out[which] = target
-        return failed
+        return failed & (info[which] <= 0)
 
     failed = attempt(slice(None))
     tries = 0
@@ -147,26 +144,25 @@ def _to_identity(x: Tensor, which: Tensor) -> None:
         x.masked_fill_(which[:, None, None], 0).diagonal(0, -2, -1).masked_fill_(which[:, None], 1)
 
 
-def _reversed_cholesky_(h: Tensor) -> Tensor:
-    """h <- R upper with R R^T = h, item by item; which items have none. Only the upper triangle is read."""
+def _reversed_cholesky(h: Tensor, diagonal: Tensor, out: Tensor) -> Tensor:
+    """R upper with R R^T = h, with this diagonal, item by item, into `out`, whose lower triangle is zero; which items
+    have none. Only the upper triangle of h is read."""
     n = h.shape[-1]
     failed = torch.zeros(len(h), dtype=torch.bool, device=h.device)
-    # Block by block from the last, each after what the ones before it leave: one narrow and deep product. LAPACK
+    # Block by block from the last, each after what the ones after it leave: one narrow and deep product. LAPACK
     # reaches a quarter of the rate of products; cuSOLVER does not need our help.
     size = MOST_COLUMNS if h.device.type == "cpu" else max(n, 1)
     for begin in range((n - 1) // size * size, -1, -size):
         end = min(begin + size, n)
-        here, block = slice(begin, end), h[:, begin:end, begin:end]
+        here, above = slice(begin, end), slice(0, begin)
+        rest = h[:, :end, here].clone(memory_format=torch.contiguous_format)
+        rest[:, here].diagonal(0, -2, -1).copy_(diagonal[:, here])
         if end < n:
-            gptq_spread_(h[:, :end, here], h[:, :end, end:], h[:, here, end:].mT)
-        factor, inverse, bad = upper_factor(block)
+            gptq_spread_(rest, out[:, :end, end:], out[:, here, end:].mT)
+        out[:, here, here], inverse, bad = upper_factor(rest[:, here])
         failed |= bad
-        block.copy_(factor)
-        h[:, end:, here] = 0
         if begin > 0:
-            above = h[:, :begin, here]
-            rest = above.clone()
-            gptq_spread_(above.zero_(), rest, inverse.mT, add=True)
+            gptq_spread_(out[:, above, here].zero_(), rest[:, above], inverse.mT, add=True)
     return failed
 
 
@@ -181,7 +177,7 @@ def _invert_(r: Tensor) -> None:
     _invert_(a)
     _invert_(c)
     # Both triangles in strips: what is below their diagonals is not multiplied.
-    product = torch.zeros_like(b, memory_format=torch.contiguous_format)
+    product = fresh_like(b).zero_()
     for begin in range(0, c.shape[-1], step := max(MOST_COLUMNS, c.shape[-1] // 4)):
         end = min(begin + step, c.shape[-1])
         gptq_spread_(product[:, :, begin:end], b[:, :, :end], c[:, :end, begin:end], add=True)
