@@ -15,9 +15,7 @@ void prefer(const Tensor& x) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gradops, m) { m.def("prefer_huge_pages(Tensor x) -> ()"); }
-STABLE_TORCH_LIBRARY_IMPL(gradops, CPU, m) {
-  m.impl("prefer_huge_pages", TORCH_BOX(&prefer));
-}
+STABLE_TORCH_LIBRARY_IMPL(gradops, CPU, m) { m.impl("prefer_huge_pages", TORCH_BOX(&prefer)); }
 
 }  // namespace gradops
 #endif

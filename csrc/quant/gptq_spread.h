@@ -18,8 +18,8 @@ struct SpreadTask {
 };
 
 struct SpreadEngine {
-  int64_t tile_rows;                              // rows of w handled together
-  int64_t (*scratch_bytes)(const SpreadTask&);    // of the calling thread
+  int64_t tile_rows;                            // rows of w handled together
+  int64_t (*scratch_bytes)(const SpreadTask&);  // of the calling thread
   // Tiles [begin, end) of batch * ceil(rows / tile_rows)
   void (*run)(const SpreadTask&, int64_t begin, int64_t end, char* scratch);
 };

@@ -123,9 +123,7 @@ struct Engine {
     const int64_t cols = least(t.cols, kCols), padded = (cols + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
     return padded * least(t.depth, kDepth<T>);
   }
-  static int64_t scratch_bytes(const SpreadTask& t) {
-    return int64_t(sizeof(T)) * (kRows * kDepth<T> + right_size(t));
-  }
+  static int64_t scratch_bytes(const SpreadTask& t) { return int64_t(sizeof(T)) * (kRows * kDepth<T> + right_size(t)); }
   static void run(const SpreadTask& t, int64_t begin, int64_t end, char* scratch) {
     T* const left = reinterpret_cast<T*>(scratch);
     T* const right = left + kRows * kDepth<T>;
@@ -149,6 +147,8 @@ struct Engine {
 
 }  // namespace
 
-const SpreadEngine& GRADOPS_ISA::gptq_spread_engine(bool wide) { return wide ? Engine<double>::engine : Engine<float>::engine; }
+const SpreadEngine& GRADOPS_ISA::gptq_spread_engine(bool wide) {
+  return wide ? Engine<double>::engine : Engine<float>::engine;
+}
 
 }  // namespace gradops

@@ -13,9 +13,9 @@ void gptq_spread_(Tensor w, const Tensor& e_in, const Tensor& u, bool add) {
                       u.scalar_type() == type,
                   "gptq_spread_: w, e and u must all be float32 or all float64");
   const int64_t batch = w.size(0), rows = w.size(1), cols = w.size(2), depth = e_in.size(2);
-  STD_TORCH_CHECK(e_in.size(0) == batch && u.size(0) == batch && e_in.size(1) == rows && u.size(1) == depth &&
-                      u.size(2) == cols,
-                  "gptq_spread_: shapes do not fit: w (b, m, n), e (b, m, k), u (b, k, n)");
+  STD_TORCH_CHECK(
+      e_in.size(0) == batch && u.size(0) == batch && e_in.size(1) == rows && u.size(1) == depth && u.size(2) == cols,
+      "gptq_spread_: shapes do not fit: w (b, m, n), e (b, m, k), u (b, k, n)");
   STD_TORCH_CHECK(cols <= 1 || w.stride(2) == 1, "gptq_spread_: the columns of w must lie side by side");
   const Tensor e = depth <= 1 || e_in.stride(2) == 1 ? e_in : torch::stable::contiguous(e_in);
   cpu::gptq_spread({w.mutable_data_ptr(), e.const_data_ptr(), u.const_data_ptr(), w.stride(0), w.stride(1), e.stride(0),

@@ -12,12 +12,12 @@ namespace gradops {
 constexpr int64_t kMostUpperColumns = 128;
 
 struct UpperTask {
-  const void* h;             // batch x n x n of float or double; what is below the diagonal is not read
-  int64_t h_batch, h_row;    // distances in elements
+  const void* h;           // batch x n x n of float or double; what is below the diagonal is not read
+  int64_t h_batch, h_row;  // distances in elements
   int64_t batch, n;
-  bool factored;             // h is R already
-  void *factor, *inverse;    // batch x n x n, zero below the diagonal
-  bool* failed;              // batch: no such R; factor and inverse are then finite or not
+  bool factored;           // h is R already
+  void *factor, *inverse;  // batch x n x n, zero below the diagonal
+  bool* failed;            // batch: no such R; factor and inverse are then finite or not
 };
 
 GRADOPS_DECLARE(void, upper_factor_items, const UpperTask&, bool wide, int64_t begin, int64_t end)

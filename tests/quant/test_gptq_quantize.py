@@ -321,28 +321,3 @@ def test_a_derivative_is_refused(name):
     arguments[name].requires_grad_()
     with pytest.raises(RuntimeError, match="derivative"):
         gptq_quantize(arguments["W"], arguments["H"])
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 30, 100, 33), (1, 13, 37, 128), (3, 12, 64, 7)], ids=str)
-@pytest.mark.parametrize("add", [False, True])
-def test_what_blocks_leave_to_the_columns_after_them(shape, add):
-    batch, rows, cols, depth = shape
-    g = torch.Generator().manual_seed(0)
-    whole, e = torch.randn(batch, rows, cols + 9, generator=g), torch.randn(batch, rows, depth, generator=g)
-    u = torch.randn(batch, depth + 3, cols + 5, generator=g)[:, 3:, 5:]
-    want = whole.double()
-    want[..., 9:] += (1 if add else -1) * e.double() @ u.double()
-    torch.ops.gradops.gptq_spread_(whole[..., 9:], e, u.mT.contiguous().mT if rows % 2 else u, add)
-    torch.testing.assert_close(whole.double(), want, rtol=0, atol=2e-7 * depth + 1e-6)  # sums of `depth` terms
-
-
-def test_bad_shapes_are_refused_between_blocks():
-    one = torch.ones(1, 2, 3)
-    for message, arguments in {
-        "shapes do not fit": (one, torch.ones(1, 2, 4), torch.ones(1, 3, 3)),
-        "must have 3 dimensions": (one[0], one, one),
-        "must be float32": (one.double(), one, one),
-        "side by side": (one.mT, torch.ones(1, 3, 4), torch.ones(1, 4, 2)),
-    }.items():
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.gradops.gptq_spread_(*arguments, False)
