@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from gradops.quant import gptq_quantize, reference, rtn_quantize
+from gradops.quant import gptq_quantize, hessian_update_, reference, rtn_quantize
 from gradops.quant.reference import columns
 
 
@@ -100,6 +100,27 @@ def test_end_to_end(options):
     assert torch.equal(ours.g_idx, exact.g_idx)
     assert abs(proxy(W, H, ours) / proxy(W, H, exact) - 1) < 5e-3
     assert int(ours.info) == 0
+
+
+MANY_BLOCKS = [
+    {}, {"method": "foem"}, {"method": "foem", "pull_across_blocks": True}, {"group_size": -1},
+    {"group_size": -1, "group_params": "block"}, {"group_params": "block"}, {"group_size": 45, "group_params": "block"},
+    {"group_size": 90}, {"group_size": 90, "method": "gptaq"}, {"group_size": 70, "method": "foem"},
+    {"static_groups": True, "desc_act": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", MANY_BLOCKS, ids=str)
+def test_scales_and_losses_over_many_blocks(options):
+    """The walk along R = U^-1, and along U where groups go beyond their block: both say what the definition says."""
+    W, H, D = problem(rows=24, n=230)
+    options = {"group_size": 16, "block_size": 32} | with_d(options, D)
+    ours, exact = gptq_quantize(W, H, **options), reference.gptq_quantize(W.double(), H, **options)
+    same = (ours.codes == exact.codes).all(-1)
+    assert same.double().mean() >= 0.9  # ties
+    torch.testing.assert_close(ours.scales[same].double(), exact.scales[same], rtol=1e-4, atol=0)
+    torch.testing.assert_close(ours.loss[same].double(), exact.loss[same], rtol=1e-3, atol=0)
+    assert abs(proxy(W, H, ours) / proxy(W, H, exact) - 1) < 0.03  # one row of 24 that went the other way
 
 
 @pytest.mark.parametrize("bits, options", [
@@ -224,6 +245,25 @@ def test_one_singular_expert_is_rounded_to_nearest():
             assert torch.equal(q.codes[1:], plain.codes[1:])
         alone = gptq_quantize(W[0], H[0], **with_d(options, D[0]))
         assert torch.equal(q.codes[0], alone.codes) and q.weight.isfinite().all()
+
+
+def test_experts_from_tokens_to_codes():
+    """One saw no token, one a NaN, one the same input as often as there are tokens, one never its inputs 3 and 4."""
+    W, _, _ = problem(5, rows=6, n=40)
+    X = torch.randn(5, 90, 40, generator=torch.Generator().manual_seed(2))
+    X[1, 5, 7] = torch.nan
+    X[2] = X[2, :1]
+    X[3, :, 3:5] = 0
+    mask = torch.ones(5, 90, dtype=torch.bool)
+    mask[0] = False
+    H = torch.zeros(5, 40, 40)
+    hessian_update_(H, X, torch.zeros(5, dtype=torch.int64), mask=mask)
+    q = gptq_quantize(W, H, group_size=16)
+    assert q.info.tolist() == [3, 2, 0, -2, 0]  # damping makes what one token says definite
+    assert q.weight.isfinite().all() and (q.weight[3, :, 3:5] == 0).all()
+    assert gptq_quantize(W, H, group_size=16, damp_percent=0.0).info.tolist()[:2] == [3, 2]
+    plain = rtn_quantize(W, group_size=16)
+    assert torch.equal(q.codes[:2], plain.codes[:2])
 
 
 def test_damping_is_raised_where_it_must():

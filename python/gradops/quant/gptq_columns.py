@@ -72,7 +72,9 @@ def _walk(original: Tensor, factor: Tensor, pull: Tensor | None, scale: Tensor |
     for begin, end in walk:
         here = slice(begin, end)
         until = end if scale is not None else groups_known_until(begin, end, n, group_size, fresh)
-        if until > max(ready, end):  # a group that begins here and goes on after the block
+        # A group that begins here and goes on after the block, or the end of one that ends in it. (With R there is only
+        # the first block's, before anything is left.)
+        if inverse and (until > max(ready, end) or begin < ready < end):
             if begin > 0:
                 w = fresh_like(w).copy_(w) if w is original else w
                 for columns, from_ in ((slice(begin, ready), since), (slice(max(begin, ready), until), 0)):
