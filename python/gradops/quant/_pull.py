@@ -1,5 +1,4 @@
 """What GPTAQ's compensation walks along beside U."""
-import torch
 from torch import Tensor
 
 from ..linalg.newton_schulz import _matmul_precision
@@ -10,7 +9,7 @@ _STRIP = 256
 
 
 def pull_of(D: Tensor, U: Tensor, alpha: float) -> Tensor:
-    """P = alpha triu(D U^T, 1) U, item by item, in strips: what is zero is not multiplied, a sixth of the work is left."""
+    """P = alpha triu(D U^T, 1) U, item by item, in strips: zeros are not multiplied, which leaves a sixth."""
     out = fresh_like(U).zero_()
     step = items_together(U)
     with _matmul_precision("highest"):

@@ -46,15 +46,15 @@ def _gptq_columns(w: Tensor, factor: Tensor, inverse: bool, pull: Tensor | None,
     with _matmul_precision("highest"):  # no TensorFloat-32 or bfloat16 behind the name of float32
         for first in range(0, len(out), step):
             some = slice(first, first + step)
-            _walk(*(None if x is None else x[some] for x in tensors), inverse, group_size, fresh, walk, options,
+            _walk([None if x is None else x[some] for x in tensors], inverse, group_size, fresh, walk, options,
                   [x[some] for x in results])  # fmt: skip
     return tuple(x.reshape(*lead, *x.shape[1:]) for x in results)
 
 
-def _walk(original: Tensor, factor: Tensor, pull: Tensor | None, scale: Tensor | None, zero: Tensor | None,
-          group: Tensor | None, unit: Tensor | None, inverse: bool, group_size: int, fresh: bool,
-          walk: list[tuple[int, int]], options: tuple, results: list[Tensor]) -> None:
-    *grid, beta, pull_first, latent_rounded = options
+def _walk(tensors: Any, inverse: bool, group_size: int, fresh: bool, walk: list[tuple[int, int]], options: tuple,
+          results: list[Tensor]) -> None:
+    grid, beta = options[:6], options[6]  # then: pull_first, latent_rounded
+    original, factor, pull, scale, zero, group, unit = tensors
     codes, q, loss, scales, zeros = results
     loss.zero_()
     n = original.shape[-1]
@@ -77,9 +77,9 @@ def _walk(original: Tensor, factor: Tensor, pull: Tensor | None, scale: Tensor |
         if inverse and (until > max(ready, end) or begin < ready < end):
             if begin > 0:
                 w = fresh_like(w).copy_(w) if w is original else w
-                for columns, from_ in ((slice(begin, ready), since), (slice(max(begin, ready), until), 0)):
-                    if columns.start < columns.stop:
-                        leave(w[:, :, columns], columns, from_, begin)
+                for part, from_ in ((slice(begin, ready), since), (slice(max(begin, ready), until), 0)):
+                    if part.start < part.stop:
+                        leave(w[:, :, part], part, from_, begin)
             ready, since = until, begin
         current = w[:, :, here].clone(memory_format=torch.contiguous_format)
         share = None
