@@ -22,7 +22,8 @@ def bound(dtype, depth):
     return torch.finfo(dtype).eps * (2 * depth + 10)  # a sum of `depth` products of about 1
 
 
-@pytest.mark.parametrize("level", ["v3", pytest.param("v2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["v2", "v3"])
 def test_level(level):
     """What depends on the level, here and for upper_factor, in a process that is forced to it."""
     if os.environ.get("GRADOPS_ISA") or level == torch.ops.gradops.isa():
