@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradops import quant
+from gradops.quant.gptq_spread import gptq_spread_
 
 from ..harness import Case, Settings
 
@@ -88,7 +89,7 @@ def cases(settings: Settings) -> Iterator[Case]:
             ours=lambda m=method, x=extra: quant.gptq_quantize(W, H, factor=U, method=m, compat="authors", **x),
             reference=lambda b=beta, d=D if extra else None: torch_columns(
                 W, U, b, None if d is None else torch_pull(d, U)),
-            flops=lazy if pull is None else {torch.float32: 2 * lazy[torch.float32] + 2.0 * n**3},
+            flops=lazy if pull is None else {torch.float32: 2 * lazy[torch.float32] + n**3 * 2 / 3},
             error=different_codes(lambda b=beta, p=pull: torch_columns(
                 W.double(), U.double(), b, None if p is None else p.double())[0]),
         )  # fmt: skip
@@ -96,12 +97,39 @@ def cases(settings: Settings) -> Iterator[Case]:
             "gptq_quantize", shape, torch.float32, variant=f"{method} and factor",
             ours=lambda m=method, x=extra: quant.gptq_quantize(W, H, method=m, compat="authors", **x),
             reference=lambda b=beta, d=D if extra else None: _torch_all(W, H, b, d),
-            flops={torch.float32: lazy[torch.float32] + n**3 * 2 / 3 if pull is None
-                   else 2 * lazy[torch.float32] + n**3 * 8 / 3},
+            flops={torch.float32: lazy[torch.float32] + n**3 / 3 if pull is None
+                   else 2 * lazy[torch.float32] + n**3 * 4 / 3},
         )  # fmt: skip
         yield from columns_only(method, beta, pull, W, U)
+    yield from square_layer(settings)
+    yield from spread(settings)
     yield from experts(settings)
     yield from packing(settings)
+
+
+def square_layer(settings: Settings) -> Iterator[Case]:
+    """All rows of one layer."""
+    n = 512 if settings.quick else 4096
+    W, H, _ = problem((), n, n, settings)
+    yield Case("gptq_quantize", f"{n}x{n}", torch.float32, variant="gptq and factor",
+               ours=lambda: quant.gptq_quantize(W, H), reference=lambda: _torch_all(W, H, 0.0, None),
+               flops={torch.float32: n**3 * 4 / 3})  # fmt: skip
+
+
+def spread(settings: Settings) -> Iterator[Case]:
+    """What the first half of the columns leaves for the block after it."""
+    rows, n = (256, 512) if settings.quick else (1024, 4096)
+    g = torch.Generator().manual_seed(0)
+    w, e, u = (torch.randn(1, *shape, generator=g).to(settings.device) for shape in
+               ((rows, n), (rows, n), (n, n)))  # fmt: skip
+    half = n // 2
+    parts = w[:, :, half : half + BLOCK], e[:, :, :half], u[:, :half, half : half + BLOCK]
+
+    def plain() -> Tensor:
+        return parts[0].baddbmm_(*parts[1:], alpha=-1)
+
+    yield Case("gptq_spread_", f"{rows}x{half}x{BLOCK}", torch.float32, ours=lambda: gptq_spread_(*parts),
+               reference=plain, flops={torch.float32: 2.0 * rows * half * BLOCK})  # fmt: skip
 
 
 def _torch_all(W: Tensor, H: Tensor, beta: float, D: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -135,6 +163,12 @@ def experts(settings: Settings) -> Iterator[Case]:
         reference=lambda: [torch_columns(w, U) for w in W],
         peers={"one by one": lambda: [quant.gptq_quantize(w, H, factor=U) for w in W]},
         flops={torch.float32: float(count * rows * n * n)},
+    )  # fmt: skip
+    yield Case(
+        "gptq_quantize", f"{count}x{rows}x{n}", torch.float32, variant="experts of one Hessian",
+        ours=lambda: quant.gptq_quantize(W, H),
+        peers={"one by one": lambda: [quant.gptq_quantize(w, H) for w in W]},
+        flops={torch.float32: float(count * rows * n * n) + n**3 / 3},
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
-// gptq_spread_: w -= e u (or += with `add`), for what the columns of one block have left for those to the right of it:
-// e is narrow, w and u are wide. Every number is one sum in the order of the block's columns, whatever the number of
-// threads, rows or items: BLAS does not promise that. On the CPU only; on CUDA torch's product does it. Torch-free.
+// gptq_spread_: w -= e u (or += with `add`), the products that second-order compensation is made of: what the columns
+// before a block have left for it, and the updates of the factor. Made for outputs a block wide and any depth. Every
+// number is a sum in the order of `depth`, cut into pieces of one length, whatever the number of threads, rows or
+// items: BLAS does not promise that. On the CPU only; on CUDA torch's product does it. Torch-free.
 #pragma once
 #include <cstdint>
 
@@ -9,19 +10,22 @@
 namespace gradops {
 
 struct SpreadTask {
-  float* w;
-  const float *e, *u;
+  void* w;  // all of float, or all of double
+  const void *e, *u;
   int64_t w_batch, w_row, e_batch, e_row, u_batch, u_row, u_col;  // distances in elements
   int64_t batch, rows, cols, depth;
   bool add;
 };
 
-GRADOPS_DECLARE(int64_t, gptq_spread_panels, int64_t cols)    // per item
-GRADOPS_DECLARE(int64_t, gptq_spread_scratch, int64_t depth)  // bytes
-// Panels [begin, end) of batch * panels
-GRADOPS_DECLARE(void, gptq_spread_range, const SpreadTask&, int64_t begin, int64_t end, char* scratch)
+struct SpreadEngine {
+  int64_t tile_rows;                            // rows of w handled together
+  int64_t (*scratch_bytes)(const SpreadTask&);  // of the calling thread
+  // Tiles [begin, end) of batch * ceil(rows / tile_rows)
+  void (*run)(const SpreadTask&, int64_t begin, int64_t end, char* scratch);
+};
+GRADOPS_DECLARE(const SpreadEngine&, gptq_spread_engine, bool wide)  // of double
 
 namespace cpu {
-void gptq_spread(const SpreadTask&);
+void gptq_spread(const SpreadTask&, bool wide);
 }
 }  // namespace gradops

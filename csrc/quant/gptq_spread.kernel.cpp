@@ -1,38 +1,69 @@
+// Loops, from the outside: items, kCols columns, kDepth terms, tiles of kRows rows, panels of kWidth columns. The part
+// of u in work is packed in panels and stays in L2, a panel and the tile's part of e stay in L1, sums in registers.
 #include "quant/gptq_spread.h"
-
-#include <type_traits>
 
 #include "common/simd.h"
 
-namespace gradops::GRADOPS_ISA {
+namespace gradops {
 namespace {
 
-using V = Vec<float>;
-constexpr int kLane = kLanes<float>;
 // Sums in registers: a tile of rows and vectors, with room for one row of u beside it.
 constexpr int kRows = kVectorBytes == 64 ? 12 : kVectorBytes == 32 ? 4 : 2;
 constexpr int kVectors = kVectorBytes == 64 ? 2 : kVectorBytes == 32 ? 3 : 4;
-constexpr int kWidth = kVectors * kLane;
+template <class T>
+constexpr int kWidth = kVectors * kLanes<T>;
+template <class T>
+constexpr int64_t kDepth = 2048 / int64_t(sizeof(T));
+constexpr int64_t kCols = kVectorBytes == 32 ? 120 : 128;
+static_assert(kCols % kWidth<float> == 0 && kCols % kWidth<double> == 0);
 
-V load_anywhere(const float* p) {
-  V v;
+template <class T>
+Vec<T> load_anywhere(const T* p) {
+  Vec<T> v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
 
-// kRows (or fewer) rows of w, all columns of one panel. u: depth x kWidth, packed.
-template <int R>
-[[gnu::always_inline]] inline void tile(const SpreadTask& t, float* w, const float* e, const float* u, int64_t cols) {
-  V sum[R][kVectors] = {};
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// u, depth x cols, to panels; columns beyond the last are zero.
+template <class T>
+void pack_right(const T* u, int64_t row, int64_t col, int64_t depth, int64_t cols, T* to) {
+  constexpr int W = kLanes<T>, P = kWidth<T>;
+  for (int64_t c = 0; c < cols; c += P, to += depth * P)
+    for (int64_t i = 0; i < P; i += W) {
+      const T* from = u + (c + i) * col;
+      const int64_t count = cols - c - i;
+      int64_t k = 0;
+      if (count >= W && col == 1) {
+        for (; k < depth; ++k) vec_at(to + k * P + i) = load_anywhere(from + k * row);
+      } else if (count >= W && row == 1) {
+        for (Vec<T> block[W]; k + W <= depth; k += W) {
+          for (int r = 0; r < W; ++r) block[r] = load_anywhere(from + r * col + k);
+          transpose<T>(block);
+          for (int r = 0; r < W; ++r) vec_at(to + (k + r) * P + i) = block[r];
+        }
+      }
+      for (; k < depth; ++k)
+        for (int64_t r = 0; r < W; ++r) to[k * P + i + r] = r < count ? from[r * col + k * row] : T(0);
+    }
+}
+
+// R rows of w and a panel's columns. e: rows of kDepth terms.
+template <class T, int R>
+[[gnu::noinline]] void tile(const T* e, const T* u, int64_t depth, int64_t cols, bool add, T* w, int64_t w_row) {
+  constexpr int W = kLanes<T>;
+  Vec<T> sum[R][kVectors] = {};
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < kVectors; ++c) __builtin_prefetch(w + r * t.w_row + c * kLane, 1);
-  for (int64_t k = 0; k < t.depth; ++k, u += kWidth) {
-    V row[kVectors];
+    for (int c = 0; c < kVectors; ++c) __builtin_prefetch(w + r * w_row + c * W, 1);
 #pragma GCC unroll 4
-    for (int c = 0; c < kVectors; ++c) row[c] = vec_at(u + c * kLane);
+  for (int64_t k = 0; k < depth; ++k, u += kWidth<T>) {
+    Vec<T> row[kVectors];
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) row[c] = vec_at(u + c * W);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const V factor = V{} + e[r * t.e_row + k];
+      const Vec<T> factor = Vec<T>{} + e[r * kDepth<T> + k];
 #pragma GCC unroll 4
       for (int c = 0; c < kVectors; ++c) sum[r][c] += factor * row[c];
     }
@@ -41,43 +72,83 @@ template <int R>
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < kVectors; ++c) {
-      float* to = w + r * t.w_row + c * kLane;
-      const int64_t left = cols - c * kLane;
-      if (left >= kLane) {
-        const V before = load_anywhere(to), after = t.add ? before + sum[r][c] : before - sum[r][c];
+      T* to = w + r * w_row + c * W;
+      const int64_t left = cols - c * W;
+      if (left >= W) {
+        const Vec<T> before = load_anywhere(to), after = add ? before + sum[r][c] : before - sum[r][c];
         __builtin_memcpy(to, &after, sizeof after);
       } else {
-        for (int64_t i = 0; i < left; ++i) to[i] = t.add ? to[i] + sum[r][c][i] : to[i] - sum[r][c][i];
+        for (int64_t i = 0; i < left; ++i) to[i] = add ? to[i] + sum[r][c][i] : to[i] - sum[r][c][i];
       }
     }
 }
 
-template <int R>
-void rows_of(const SpreadTask& t, int64_t& row, float* w, const float* e, const float* u, int64_t cols) {
-  for (; row + R <= t.rows; row += R) tile<R>(t, w + row * t.w_row, e + row * t.e_row, u, cols);
-}
+template <class T>
+struct Pass {  // some rows of one item, some columns, some terms
+  const SpreadTask& t;
+  T* w;
+  const T *e, *u;  // u packed, depth x cols
+  int64_t rows, cols, depth;
+  T* left;  // kRows x kDepth
+
+  template <int R>
+  void tiles(int64_t& row) const {
+    for (; row + R <= rows; row += R) {
+      for (int r = 0; r < R; ++r) __builtin_memcpy(left + r * kDepth<T>, e + (row + r) * t.e_row, depth * sizeof(T));
+      const int64_t panels = (cols + kWidth<T> - 1) / kWidth<T>, after = row + R;
+      const int64_t next = rows - after < kRows ? rows - after : kRows;
+      for (int64_t p = 0; p < panels; ++p) {  // the rows that the next tile copies are fetched during this one
+        for (int64_t r = next * p / panels; r < next * (p + 1) / panels; ++r) fetch(e + (after + r) * t.e_row);
+        const int64_t c = p * kWidth<T>;
+        tile<T, R>(left, u + c * depth, depth, cols - c, t.add, w + row * t.w_row + c, t.w_row);
+      }
+    }
+  }
+  void fetch(const T* from) const {
+    for (int64_t k = 0; k < depth; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + k);
+  }
+  void run() const {
+    int64_t row = 0;
+    tiles<kRows>(row);
+    if constexpr (kRows > 8) tiles<8>(row);
+    if constexpr (kRows > 4) tiles<4>(row);
+    if constexpr (kRows > 2) tiles<2>(row);
+    tiles<1>(row);
+  }
+};
+
+template <class T>
+struct Engine {
+  static int64_t right_size(const SpreadTask& t) {
+    const int64_t cols = least(t.cols, kCols), padded = (cols + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
+    return padded * least(t.depth, kDepth<T>);
+  }
+  static int64_t scratch_bytes(const SpreadTask& t) { return int64_t(sizeof(T)) * (kRows * kDepth<T> + right_size(t)); }
+  static void run(const SpreadTask& t, int64_t begin, int64_t end, char* scratch) {
+    T* const left = reinterpret_cast<T*>(scratch);
+    T* const right = left + kRows * kDepth<T>;
+    const int64_t tiles = (t.rows + kRows - 1) / kRows;
+    for (int64_t item = begin / tiles; item * tiles < end; ++item) {
+      const int64_t first = (begin > item * tiles ? begin - item * tiles : 0) * kRows;
+      const int64_t last = least((end - item * tiles) * kRows, t.rows);
+      T* w = static_cast<T*>(t.w) + item * t.w_batch + first * t.w_row;
+      const T* e = static_cast<const T*>(t.e) + item * t.e_batch + first * t.e_row;
+      const T* u = static_cast<const T*>(t.u) + item * t.u_batch;
+      for (int64_t c = 0; c < t.cols; c += kCols)
+        for (int64_t k = 0; k < t.depth; k += kDepth<T>) {
+          const int64_t cols = least(t.cols - c, kCols), depth = least(t.depth - k, kDepth<T>);
+          pack_right(u + k * t.u_row + c * t.u_col, t.u_row, t.u_col, depth, cols, right);
+          Pass<T>{t, w + c, e + k, right, last - first, cols, depth, left}.run();
+        }
+    }
+  }
+  static constexpr SpreadEngine engine{kRows, scratch_bytes, run};
+};
 
 }  // namespace
 
-int64_t gptq_spread_panels(int64_t cols) { return (cols + kWidth - 1) / kWidth; }
-int64_t gptq_spread_scratch(int64_t depth) { return 4 * depth * kWidth; }
-
-void gptq_spread_range(const SpreadTask& t, int64_t begin, int64_t end, char* scratch) {
-  const int64_t panels = gptq_spread_panels(t.cols);
-  float* packed = reinterpret_cast<float*>(scratch);
-  for (int64_t n = begin; n < end; ++n) {
-    const int64_t item = n / panels, first = n % panels * kWidth;
-    const int64_t cols = t.cols - first < kWidth ? t.cols - first : kWidth;
-    for (int64_t k = 0; k < t.depth; ++k) {
-      const float* from = t.u + item * t.u_batch + k * t.u_row + first * t.u_col;
-      for (int64_t c = 0; c < kWidth; ++c) packed[k * kWidth + c] = c < cols ? from[c * t.u_col] : 0.f;
-    }
-    float* w = t.w + item * t.w_batch + first;
-    const float* e = t.e + item * t.e_batch;
-    int64_t row = 0;
-    rows_of<kRows>(t, row, w, e, packed, cols);
-    rows_of<1>(t, row, w, e, packed, cols);
-  }
+const SpreadEngine& GRADOPS_ISA::gptq_spread_engine(bool wide) {
+  return wide ? Engine<double>::engine : Engine<float>::engine;
 }
 
-}  // namespace gradops::GRADOPS_ISA
+}  // namespace gradops

@@ -6,20 +6,21 @@
 namespace gradops {
 namespace {
 
-void gptq_spread_(Tensor w, const Tensor& e_in, const Tensor& u_in, bool add) {
-  STD_TORCH_CHECK(w.dim() == 3 && e_in.dim() == 3 && u_in.dim() == 3,
-                  "gptq_spread_: w, e and u must have 3 dimensions");
-  for (const Tensor* x : {static_cast<const Tensor*>(&w), &e_in, &u_in})
-    STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float, "gptq_spread_: w, e and u must be float32");
+void gptq_spread_(Tensor w, const Tensor& e_in, const Tensor& u, bool add) {
+  STD_TORCH_CHECK(w.dim() == 3 && e_in.dim() == 3 && u.dim() == 3, "gptq_spread_: w, e and u must have 3 dimensions");
+  const ScalarType type = w.scalar_type();
+  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Double) && e_in.scalar_type() == type &&
+                      u.scalar_type() == type,
+                  "gptq_spread_: w, e and u must all be float32 or all float64");
   const int64_t batch = w.size(0), rows = w.size(1), cols = w.size(2), depth = e_in.size(2);
-  STD_TORCH_CHECK(e_in.size(0) == batch && u_in.size(0) == batch && e_in.size(1) == rows && u_in.size(1) == depth &&
-                      u_in.size(2) == cols,
-                  "gptq_spread_: shapes do not fit: w (b, m, n), e (b, m, k), u (b, k, n)");
+  STD_TORCH_CHECK(
+      e_in.size(0) == batch && u.size(0) == batch && e_in.size(1) == rows && u.size(1) == depth && u.size(2) == cols,
+      "gptq_spread_: shapes do not fit: w (b, m, n), e (b, m, k), u (b, k, n)");
   STD_TORCH_CHECK(cols <= 1 || w.stride(2) == 1, "gptq_spread_: the columns of w must lie side by side");
   const Tensor e = depth <= 1 || e_in.stride(2) == 1 ? e_in : torch::stable::contiguous(e_in);
-  cpu::gptq_spread({static_cast<float*>(w.mutable_data_ptr()), static_cast<const float*>(e.const_data_ptr()),
-                    static_cast<const float*>(u_in.const_data_ptr()), w.stride(0), w.stride(1), e.stride(0),
-                    e.stride(1), u_in.stride(0), u_in.stride(1), u_in.stride(2), batch, rows, cols, depth, add});
+  cpu::gptq_spread({w.mutable_data_ptr(), e.const_data_ptr(), u.const_data_ptr(), w.stride(0), w.stride(1), e.stride(0),
+                    e.stride(1), u.stride(0), u.stride(1), u.stride(2), batch, rows, cols, depth, add},
+                   type == ScalarType::Double);
 }
 
 }  // namespace

@@ -19,12 +19,16 @@ def block(x):
 
 def columns(x):
     u = block(x)[1]
-    return (x.float(), u, None, None, None, None, None, 4, 3, True, 4, True, False, 0.0, 0, 0, 0.2, False, False)
+    return (x.float(), u, True, None, None, None, None, None, 4, 3, True, 4, True, False, 0.0, 0, 0, 0.2, False, False)
 
 
 def spread(x):
     x = x.float()
     return x.clone(), x[..., :3], x[..., :3, :], False
+
+
+def small(x):
+    return hessian(x).float().expand(*x.shape[:-2], *hessian(x).shape) * (1 + 0 * x.sum().float()), False
 
 
 def packed(x):
@@ -41,6 +45,8 @@ CALLS = {
     "gptq_columns": Call(columns, lambda x: quant.gptq_quantize(x, hessian(x), method="foem").weight, derivatives=0,
                          large=lambda: torch.randn(3, 300, 297, generator=torch.Generator().manual_seed(1))),
     "gptq_spread_": Call(spread, None, own_bits=False, vmap=False),  # returns nothing to compare
+    "prefer_huge_pages": Call(lambda x: (x,), None, own_bits=False, vmap=False),  # changes nothing
+    "upper_factor": Call(small, None, vmap=False, large=lambda: torch.randn(3, 5, 127)),
     "gptq_pack": Call(lambda x: (codes(x), 3, True), None, floating=False),
     "gptq_unpack": Call(packed, None, floating=False),
 }  # fmt: skip

@@ -5,11 +5,14 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_matrix, check_one_of
+from .._op import register
 
 GRIDS = ("int", "nvfp4", "mxfp4")
 METHODS = ("gptq", "gptaq", "foem", "foem+gptaq")
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_BLOCK = 128
+
+_prefer_huge_pages = register("prefer_huge_pages", fake=lambda x: None, vmap=False)
 
 
 class QuantizedWeight(NamedTuple):
@@ -97,6 +100,36 @@ def blocks(n: int, group: int, block_size: int, whole_groups: bool) -> list[tupl
         return [(i, min(i + step, n)) for i in range(0, n, step)]
     return [(i, min(i + block_size, g + group, n)) for g in range(0, n, group)
             for i in range(g, min(g + group, n), block_size)]
+
+
+def groups_known_until(begin: int, end: int, n: int, group: int, fresh: bool) -> int:
+    """The columns that have to be current when a block begins, for the scales of groups that begin in it."""
+    if fresh and group <= end - begin:
+        return end  # one group at a time, within the block
+    last = -(-end // group)
+    return max(end, min(last * group, n)) if -(-begin // group) < last else end
+
+
+def one_block_ahead(n: int, group: int, block_size: int, fresh: bool) -> bool:
+    """Whether no scale needs columns beyond its block; before the first, all columns are as given."""
+    return all(groups_known_until(begin, end, n, group, fresh) == end
+               for begin, end in blocks(n, group, block_size, fresh) if begin > 0)
+
+
+def items_together(x: Tensor) -> int:
+    """How many items of a batch to take at a time: on the CPU, as many as keep the threads busy within the caches."""
+    if x.device.type != "cpu":
+        return max(1, len(x))
+    return max(torch.get_num_threads(), 2**23 // max(1, x[:1].nbytes))
+
+
+def fresh_like(x: Tensor) -> Tensor:
+    """An empty contiguous tensor like x. On the CPU, first use of large memory costs several times what it should in
+    pages of 4096 bytes."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.device.type == "cpu":
+        _prefer_huge_pages(out)
+    return out
 
 
 def nvfp4_unit(W: Tensor) -> Tensor:

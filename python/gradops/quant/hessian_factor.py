@@ -5,9 +5,11 @@ from torch import Tensor
 from .._checks import check_tensor
 from .._op import _library, refuse_derivative, register
 from ..linalg.newton_schulz import _matmul_precision
+from ._columns import fresh_like, items_together
+from .gptq_spread import gptq_spread_
+from .upper_factor import MOST_COLUMNS, upper_factor
 
 NOT_DEFINITE, NOT_FINITE, UNSEEN = 1, 2, 3  # info
-_BLOCK = 128
 
 _library.define("hessian_factor(Tensor H, float damp_percent, float damp_auto_increment, bool inverse) "
                 "-> (Tensor, Tensor, Tensor)")
@@ -18,11 +20,10 @@ def _hessian_factor(H: Tensor, damp_percent: float, damp_auto_increment: float,
                     inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     n = H.shape[-1]
     h = H.reshape(H.shape[:-2].numel(), n, n)
-    factor = torch.empty_like(h, memory_format=torch.contiguous_format)
+    factor = fresh_like(h).zero_()
     if len(h) == 0:
         return _fake(H, damp_percent, damp_auto_increment, inverse)
-    # Item by item, as LAPACK does anyway: an item of a batch gets the bits that it gets alone.
-    step = 1 if H.device.type == "cpu" else len(h)
+    step = items_together(h)  # an item of a batch gets the bits that it gets alone
     with _matmul_precision("highest"):
         parts = [_factor(x, out, damp_percent, damp_auto_increment, inverse)
                  for x, out in zip(h.split(step), factor.split(step), strict=True)]  # fmt: skip
@@ -104,12 +105,11 @@ def hessian_factor(H: Tensor, *, damp_percent: float = 0.01, damp_auto_increment
 
 
 def _factor(h: Tensor, out: Tensor, percent: float, increment: float, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Of one item, or of all on CUDA."""
     n = h.shape[-1]
     diagonal = h.diagonal(0, -2, -1)
     dead = diagonal == 0
     count = dead.sum(-1)
-    finite = h.isfinite().flatten(1).all(-1)
+    finite = h.amax((-2, -1)).isfinite() & h.amin((-2, -1)).isfinite() if n else count == 0  # both carry NaN
     info = torch.where(finite, torch.where((count == n) & (n > 0), UNSEEN, -count), NOT_FINITE).int()
     diagonal = diagonal + dead
     mean = diagonal.mean(-1) if n else diagonal.sum(-1)
@@ -117,16 +117,12 @@ def _factor(h: Tensor, out: Tensor, percent: float, increment: float, inverse: b
 
     def attempt(which: slice | Tensor) -> Tensor:
         """Factors these items into `out`; which of them are not definite."""
-        target = out[which].copy_(h[which])
+        target = out[which]
         added = damp[which].to(h.dtype) * mean[which]
-        target.diagonal(0, -2, -1).copy_(diagonal[which] + added[:, None])
-        bad = info[which] > 0
-        if h.device.type != "cpu":
-            target.masked_fill_(bad[:, None, None], 0).diagonal(0, -2, -1).masked_fill_(bad[:, None], 1)
-        failed = bad if h.device.type == "cpu" and bool(bad) else _reversed_cholesky_(target) & ~bad
+        failed = _reversed_cholesky(h[which], diagonal[which] + added[:, None], target)
         if not isinstance(which, slice):
             out[which] = target
-        return failed & ~bad
+        return failed & (info[which] <= 0)
 
     failed = attempt(slice(None))
     tries = 0
@@ -137,64 +133,55 @@ def _factor(h: Tensor, out: Tensor, percent: float, increment: float, inverse: b
         failed[again] = attempt(again)
     info = torch.where(failed, NOT_DEFINITE, info)
     bad = info > 0
-    if h.device.type == "cpu":
-        if bool(bad):
-            out.zero_().diagonal(0, -2, -1).fill_(1)
-        elif inverse:
-            _invert_(out)
-    else:
-        out.masked_fill_(bad[:, None, None], 0).diagonal(0, -2, -1).masked_fill_(bad[:, None], 1)
-        if inverse:
-            _invert_(out)
+    _to_identity(out, bad)
+    if inverse:
+        _invert_(out)
     return damp.masked_fill(bad, torch.nan), info
 
 
-def _reversed_cholesky_(h: Tensor) -> Tensor:
-    """h <- R upper with R R^T = h, item by item; which items have none. Only the upper triangle is read."""
+def _to_identity(x: Tensor, which: Tensor) -> None:
+    if x.device.type != "cpu" or bool(which.any()):  # nothing waits for CUDA
+        x.masked_fill_(which[:, None, None], 0).diagonal(0, -2, -1).masked_fill_(which[:, None], 1)
+
+
+def _reversed_cholesky(h: Tensor, diagonal: Tensor, out: Tensor) -> Tensor:
+    """R upper with R R^T = h, with this diagonal, item by item, into `out`, whose lower triangle is zero; which items
+    have none. Only the upper triangle of h is read."""
     n = h.shape[-1]
     failed = torch.zeros(len(h), dtype=torch.bool, device=h.device)
-    if n == 0:
-        return failed
-    # Right-looking, from the last block to the first. LAPACK alone reaches a quarter of the rate of products.
-    size = _BLOCK if h.device.type == "cpu" else n
+    # Block by block from the last, each after what the ones after it leave: one narrow and deep product. LAPACK
+    # reaches a quarter of the rate of products; cuSOLVER does not need our help.
+    size = MOST_COLUMNS if h.device.type == "cpu" else max(n, 1)
     for begin in range((n - 1) // size * size, -1, -size):
         end = min(begin + size, n)
-        block = h[:, begin:end, begin:end]
-        lower, code = torch.linalg.cholesky_ex(block.mT.flip(-2, -1))
-        failed |= code > 0
-        block.copy_(lower.flip(-2, -1))
-        if begin == 0 or (h.device.type == "cpu" and bool(failed.all())):
-            continue
-        inverse = torch.linalg.solve_triangular(block, _identity(block), upper=True)
-        column = h[:, :begin, begin:end]
-        column.copy_(column @ inverse.mT)
-        for left in range(0, begin, 4 * size):  # what is left of the matrix, its upper triangle
-            right = min(left + 4 * size, begin)
-            h[:, :right, left:right].baddbmm_(column[:, :right], column[:, left:right].mT, alpha=-1)
-    h.triu_()
+        here, above = slice(begin, end), slice(0, begin)
+        rest = h[:, :end, here].clone(memory_format=torch.contiguous_format)
+        rest[:, here].diagonal(0, -2, -1).copy_(diagonal[:, here])
+        if end < n:
+            gptq_spread_(rest, out[:, :end, end:], out[:, here, end:].mT)
+        out[:, here, here], inverse, bad = upper_factor(rest[:, here])
+        failed |= bad
+        if begin > 0:
+            gptq_spread_(out[:, above, here].zero_(), rest[:, above], inverse.mT, add=True)
     return failed
-
-
-def _identity(x: Tensor) -> Tensor:
-    return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
 
 
 def _invert_(r: Tensor) -> None:
     """Upper triangular r <- r^-1, in halves: [A B; 0 C]^-1 = [A^-1, -A^-1 B C^-1; 0, C^-1]."""
     n = r.shape[-1]
-    if n <= _BLOCK:
-        r.copy_(torch.linalg.solve_triangular(r, _identity(r), upper=True))
+    if n <= MOST_COLUMNS:
+        r.copy_(upper_factor(r, factored=True)[1])
         return
-    half = (n // _BLOCK + 1) // 2 * _BLOCK
+    half = (n // MOST_COLUMNS + 1) // 2 * MOST_COLUMNS
     a, b, c = r[:, :half, :half], r[:, :half, half:], r[:, half:, half:]
     _invert_(a)
     _invert_(c)
     # Both triangles in strips: what is below their diagonals is not multiplied.
-    product = torch.empty_like(b)
-    for begin in range(0, c.shape[-1], step := max(_BLOCK, c.shape[-1] // 4)):
+    product = fresh_like(b).zero_()
+    for begin in range(0, c.shape[-1], step := max(MOST_COLUMNS, c.shape[-1] // 4)):
         end = min(begin + step, c.shape[-1])
-        torch.bmm(b[:, :, :end], c[:, :end, begin:end], out=product[:, :, begin:end])
-    for begin in range(0, half, step := max(_BLOCK, half // 4)):
+        gptq_spread_(product[:, :, begin:end], b[:, :, :end], c[:, :end, begin:end], add=True)
+    b.zero_()
+    for begin in range(0, half, step := max(MOST_COLUMNS, half // 4)):
         end = min(begin + step, half)
-        torch.bmm(a[:, begin:end, begin:], product[:, begin:], out=b[:, begin:end])
-    b.neg_()
+        gptq_spread_(b[:, begin:end], a[:, begin:end, begin:], product[:, begin:])

@@ -1,9 +1,9 @@
 """Plain PyTorch twins of this family's functions: slow, any dtype, the yardstick of every test."""
 from .columns import gptq_quantize, rtn_quantize
 from .hessian import gptaq_cross_update_, hessian_factor, hessian_update_
-from .pack import pack_gptq, unpack_gptq
+from .pack import pack_fp4, pack_gptq, unpack_fp4, unpack_gptq
 
 __all__ = [
-    "gptaq_cross_update_", "gptq_quantize", "hessian_factor", "hessian_update_", "pack_gptq", "rtn_quantize",
-    "unpack_gptq",
+    "gptaq_cross_update_", "gptq_quantize", "hessian_factor", "hessian_update_", "pack_fp4", "pack_gptq",
+    "rtn_quantize", "unpack_fp4", "unpack_gptq",
 ]  # fmt: skip

@@ -31,3 +31,11 @@ def unpack_gptq(tensors: dict[str, Tensor], *, bits: int, checkpoint_format: str
     weight = scales.take_along_dim(where, -1) * (codes - zeros.take_along_dim(where, -1))
     loss, info = weight.new_zeros(weight.shape[:-1]), weight.new_zeros(weight.shape[:-2], dtype=torch.int32)
     return QuantizedWeight(codes.to(torch.uint8), scales, zeros, g_idx, weight, loss, info)
+
+
+def pack_fp4(codes: Tensor) -> Tensor:
+    return codes[..., ::2] & 15 | codes[..., 1::2] << 4
+
+
+def unpack_fp4(packed: Tensor) -> Tensor:
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)

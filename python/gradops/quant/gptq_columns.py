@@ -1,0 +1,136 @@
+"""The walk through the blocks of columns: what the columns before a block leave for it, and the kernel of the block.
+
+With U, a block takes what the errors E before it leave: W_J -= E_< U_<J. With R = U^-1, one triangular inversion of N^3
+less, the sum of all corrections X = E U of the columns before it says the same:
+
+    S = X_< R_<J,   W_J += S U_JJ,   X_J = (E_J - S) U_JJ,   U_JJ = R_JJ^-1
+
+and without FOEM's pull X_J is the given W_J less the rounded one.
+"""
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._op import _library, register
+from ..linalg.newton_schulz import _matmul_precision
+from ._columns import blocks, fresh_like, groups_known_until, items_together
+from .gptq_block import gptq_block
+from .gptq_spread import gptq_spread_
+from .upper_factor import upper_factor
+
+_library.define(
+    "gptq_columns(Tensor w, Tensor factor, bool inverse, Tensor? pull, Tensor? scale, Tensor? zero, Tensor? group, "
+    "Tensor? unit, int group_size, int block_size, bool fresh, int bits, bool symmetric, bool one_sided, float mse, "
+    "int grid, int scale_type, float beta, bool pull_first, bool latent_rounded) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)  # fmt: skip
+
+
+@torch.library.impl(_library, "gptq_columns", "CompositeExplicitAutograd")
+def _gptq_columns(w: Tensor, factor: Tensor, inverse: bool, pull: Tensor | None, scale: Tensor | None,
+                  zero: Tensor | None, group: Tensor | None, unit: Tensor | None, group_size: int, block_size: int,
+                  fresh: bool, *options: Any) -> tuple[Tensor, ...]:
+    lead = w.shape[:-2]
+
+    def three(x: Tensor | None, keep: int = 2) -> Any:
+        return None if x is None else x.reshape(lead.numel(), *x.shape[x.dim() - keep :])
+
+    tensors = (three(w), three(factor), three(pull), three(scale), three(zero), three(group, 1), three(unit, 0))
+    walk = blocks(w.shape[-1], group_size, block_size, fresh and scale is None)
+    out = fresh_like(tensors[0])
+    results = [torch.empty_like(out, dtype=torch.uint8), out, out.new_empty(out.shape[:2])]
+    found = out.new_empty((*out.shape[:2], 0 if scale is not None else -(-w.shape[-1] // group_size)))
+    results += [found, torch.empty_like(found)]
+    step = items_together(tensors[1])
+    with _matmul_precision("highest"):  # no TensorFloat-32 or bfloat16 behind the name of float32
+        for first in range(0, len(out), step):
+            some = slice(first, first + step)
+            _walk([None if x is None else x[some] for x in tensors], inverse, group_size, fresh, walk, options,
+                  [x[some] for x in results])  # fmt: skip
+    return tuple(x.reshape(*lead, *x.shape[1:]) for x in results)
+
+
+def _walk(tensors: Any, inverse: bool, group_size: int, fresh: bool, walk: list[tuple[int, int]], options: tuple,
+          results: list[Tensor]) -> None:
+    grid, beta = options[:6], options[6]  # then: pull_first, latent_rounded
+    original, factor, pull, scale, zero, group, unit = tensors
+    codes, q, loss, scales, zeros = results
+    loss.zero_()
+    n = original.shape[-1]
+    before = fresh_like(original)  # of the columns done: E, or X
+    latents = None if pull is None else fresh_like(before)
+    # Up to column `ready`, w holds what the columns before `since` leave; from there on, nothing.
+    w, ready, since = original, 0, 0
+
+    def leave(target: Tensor, columns: slice, from_: int, to: int) -> None:
+        """What columns from_ to `to` leave for these."""
+        gptq_spread_(target, before[:, :, from_:to], factor[:, from_:to, columns])
+        if latents is not None and pull is not None:
+            gptq_spread_(target, latents[:, :, from_:to], pull[:, from_:to, columns], add=True)
+
+    for begin, end in walk:
+        here = slice(begin, end)
+        until = end if scale is not None else groups_known_until(begin, end, n, group_size, fresh)
+        # A group that begins here and goes on after the block, or the end of one that ends in it. (With R there is only
+        # the first block's, before anything is left.)
+        if inverse and (until > max(ready, end) or begin < ready < end):
+            if begin > 0:
+                w = fresh_like(w).copy_(w) if w is original else w
+                for part, from_ in ((slice(begin, ready), since), (slice(max(begin, ready), until), 0)):
+                    if part.start < part.stop:
+                        leave(w[:, :, part], part, from_, begin)
+            ready, since = until, begin
+        current = w[:, :, here].clone(memory_format=torch.contiguous_format)
+        share = None
+        if inverse:
+            u = factor[:, here, here]
+            leave(current, here, since if end <= ready else 0, begin)
+        else:
+            u = upper_factor(factor[:, here, here], factored=True)[1]
+            if begin > 0:
+                share = torch.zeros_like(current)
+                gptq_spread_(share, before[:, :, :begin], factor[:, :begin, here], add=True)
+                gptq_spread_(current, share, u, add=True)
+        known: tuple[Tensor | None, ...] = (None, None, None)
+        first, last = -(-begin // group_size), -(-end // group_size)  # groups that begin here
+        if scale is not None and zero is not None and group is not None:
+            known = (scale, zero, group[:, here])
+        elif not fresh or group_size > end - begin:
+            if first < last:
+                from_, to = first * group_size, min(last * group_size, n)
+                columns = w[:, :, from_:to] if to > end else current[:, :, from_ - begin : to - begin]
+                scales[:, :, first:last], zeros[:, :, first:last] = gptq_block(
+                    columns, *(None,) * 6, unit, group_size, *grid, 0.0, False, False)[4:6]
+            low = begin // group_size
+            places = torch.arange(begin, end, device=w.device) // group_size - low
+            known = (scales[:, :, low:last], zeros[:, :, low:last], places.expand(len(w), end - begin))
+        codes[:, :, here], q[:, :, here], e, latent, s, z, part = gptq_block(
+            current, u, original[:, :, here] if beta != 0 else None, None if pull is None else pull[:, here, here],
+            *known, unit, group_size, *options,
+        )  # fmt: skip
+        loss += part
+        if known[0] is None:
+            scales[:, :, first:last], zeros[:, :, first:last] = s, z
+        if end == n:
+            continue
+        left = before[:, :, here]
+        if inverse:
+            left.copy_(e)
+        elif beta == 0:
+            torch.sub(original[:, :, here], q[:, :, here], out=left)
+        else:
+            gptq_spread_(left.zero_(), e if share is None else e - share, u, add=True)
+        if latents is not None:
+            latents[:, :, here] = latent
+
+
+def _fake(w: Tensor, factor: Tensor, inverse: bool, pull: Tensor | None, scale: Tensor | None, zero: Tensor | None,
+          group: Tensor | None, unit: Tensor | None, group_size: int, *_: Any) -> tuple[Tensor, ...]:
+    groups = 0 if scale is not None else (w.shape[-1] + group_size - 1) // group_size
+    found = w.new_empty((*w.shape[:-1], groups))
+    return (w.new_empty(w.shape, dtype=torch.uint8), w.new_empty(w.shape), w.new_empty(w.shape[:-1]), found,
+            torch.empty_like(found))
+
+
+gptq_columns = register("gptq_columns", fake=_fake)
