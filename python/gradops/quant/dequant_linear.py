@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_one_of, check_tensor
-from .._op import needs_derivative, refuse_derivative
+from .._op import refuse_derivative
 from .gptq_pack import BITS, FORMATS
 from .reference import dequant_linear as _reference
 
