@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 
@@ -70,6 +71,7 @@ void cpu::dequant_linear(const DequantLinearTask& t, void* workspace, void*) {
 void cpu::dequant_weight(const DequantWeightTask& t, void*) {
   if (t.w.in == 0 || t.w.out == 0) return;
   const std::vector<int32_t> group = groups_of(t.w);
+  prefer_huge_pages(t.to, t.w.in * t.w.out * element_size(t.type));
   const auto run = GRADOPS_DISPATCH(dequant_weight_tiles);
   const int64_t bytes = GRADOPS_DISPATCH(dequant_scratch)(t.w, 1);
   parallel_for(0, (t.w.out + kDequantColumns - 1) / kDequantColumns, 32768 / (t.w.in * kDequantColumns) + 1,

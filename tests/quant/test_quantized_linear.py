@@ -86,7 +86,8 @@ def test_bad_input():
         ("group_size must be positive", lambda: QuantizedLinear(96, 24, bits=4, group_size=0)),
         ("must be positive, got 0 and 24", lambda: QuantizedLinear(0, 24, bits=4, group_size=32)),
         ("q.scales must have shape", lambda: QuantizedLinear.from_quantized(q, bits=4, group_size=48)),
-        (r"bias must have shape \(24,\)", lambda: QuantizedLinear.from_quantized(q, torch.ones(3), bits=4, group_size=32)),
+        (r"bias must have shape \(24,\)", lambda: QuantizedLinear.from_quantized(
+            q, torch.ones(3), bits=4, group_size=32)),
         (r"q.codes must have shape \(out, in\)", lambda: QuantizedLinear.from_quantized(
             rtn_quantize(torch.randn(2, 8, 96), group_size=32), bits=4, group_size=32)),
         ("checkpoint_format must be", lambda: QuantizedLinear(96, 24, bits=4, group_size=32, checkpoint_format="awq")),

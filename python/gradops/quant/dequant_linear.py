@@ -112,8 +112,8 @@ def _transposed(g: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor, g_id
         g_idx = torch.arange(n, dtype=torch.int32, device=qweight.device) // group_size
     parts = []
     for begin in range(0, n, _CHUNK):
-        size, words = min(_CHUNK, n - begin), slice(begin * bits // 32, (begin + _CHUNK) * bits // 32)
-        weight = dense_weight(wide, qweight[words], scales, qzeros, g_idx[begin : begin + size], size, bits, 1, less_one)
+        size, words = min(_CHUNK, n - begin), qweight[begin * bits // 32 : (begin + _CHUNK) * bits // 32]
+        weight = dense_weight(wide, words, scales, qzeros, g_idx[begin : begin + size], size, bits, 1, less_one)
         parts.append((g.to(wide) @ weight.mT).to(g.dtype))
     return torch.cat(parts, -1) if parts else g.new_empty((*g.shape[:-1], 0))
 
