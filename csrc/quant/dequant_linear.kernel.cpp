@@ -118,7 +118,7 @@ void multiply_tile(const Run& run, int64_t cols, const float* x, int64_t inputs,
                    int64_t y_row) {
   const auto tile = [&](auto count, int64_t r) __attribute__((always_inline)) {
     constexpr int R = decltype(count)::value, kSums = kVectorRegisters / 2;
-    constexpr int N = R == 1 ? 8 : kSums / R;
+    constexpr int N = R == 1 ? kSums / 2 : kSums / R;  // the words of 8 vectors fill the registers
     for (int64_t c = 0; c < cols; c += N * kLane) {
       Run part = run;
       part.words += c, part.zero += c, part.scale += c;
