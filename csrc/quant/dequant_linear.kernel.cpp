@@ -74,8 +74,7 @@ template <int b, int R, int N, bool kMixed>
 #pragma GCC unroll 8
         for (int n = 0; n < N * kLane / 16; ++n) __builtin_prefetch(next + w * run.stride + 16 * n);
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < kCodes / kWindow<b>; ++j) {
+    const auto step = [&](int j) __attribute__((always_inline)) {
       U q[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) q[n] = window<b>(words + n * kLane, run.stride, j);
@@ -97,6 +96,13 @@ template <int b, int R, int N, bool kMixed>
           for (int r = 0; r < R; ++r) sum[r][n] += value * at[r];
         }
       }
+    };
+    if constexpr (b == 3) {  // 32 codes are too many for one stretch of code
+#pragma GCC unroll 1
+      for (int j = 0; j < kCodes / kWindow<b>; ++j) step(j);
+    } else {
+#pragma GCC unroll 8
+      for (int j = 0; j < kCodes / kWindow<b>; ++j) step(j);
     }
     if constexpr (kMixed) group += kCodes;
   }
