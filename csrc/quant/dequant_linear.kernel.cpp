@@ -184,14 +184,14 @@ struct Scratch {
 };
 int64_t tables_of(const PackedWeight& w) { return w.groups > 4 ? w.groups : 4; }
 
-// The words of a run in the columns of a tile: where they are, or of a tile that is not full, a copy.
+// The words of a run in the columns of a tile: where they are, or if some do not exist, a copy with zeros.
 template <int b>
 void locate(const PackedWeight& w, int64_t unit, int64_t units, int64_t col, uint32_t* copy, Run& run) {
   run.words = w.words + unit * unit_words(b) * w.out + col;
   run.stride = w.out;
   run.units = units;
-  if (w.out - col >= kTile) return;
   const int64_t all = (w.in * b + 31) / 32, first = unit * unit_words(b);
+  if (w.out - col >= kTile && first + units * unit_words(b) <= all) return;
   for (int64_t i = 0; i < units * unit_words(b); ++i)
     for (int64_t c = 0; c < kTile; ++c)
       copy[i * kTile + c] = first + i < all && col + c < w.out ? run.words[i * w.out + c] : 0;
