@@ -26,16 +26,9 @@ def problem(rows, n, out, bits, group, *, seed=0, scale_dtype=torch.float16, ord
             (torch.rand(groups, out, generator=g) + 0.5).to(scale_dtype), words(groups, (out * bits + 31) // 32), g_idx)
 
 
-def exact(x, *weight, bias=None, bits, less_one=True):
-    return reference.dequant_linear(x.double(), *weight, None if bias is None else bias.double(), bits=bits,
+def exact(x, *weight, bits, less_one=True):
+    return reference.dequant_linear(x.double(), *weight, bits=bits,
                                     checkpoint_format="gptq" if less_one else "gptq_v2")
-
-
-def size_of_terms(x, *weight, bits, less_one=True):
-    """The sum of the absolute values of the terms: what float32 sums err in proportion to."""
-    n = x.shape[-1]
-    dense = exact(torch.eye(n, dtype=torch.float64), *weight, bits=bits, less_one=less_one)
-    return x.double().abs() @ dense.abs()
 
 
 def raw(ops, x, weight, bits, bias=None, group=0, less_one=True):
@@ -48,8 +41,7 @@ def on(device, tensors):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("rows, n, out, group, order", [
-    (1, 64, 32, 32, "in"), (3, 257, 45, 32, "in"), (9, 96, 130, 12, "in"), (2, 33, 7, 200, "in"),
-    (1, 45, 128, 32, "any"), (5, 130, 33, 32, "any")])  # fmt: skip
+    (3, 130, 45, 32, "in"), (9, 64, 33, 12, "in"), (2, 33, 7, 200, "in"), (1, 45, 128, 32, "any")])
 def test_matches_float64(backend, rows, n, out, group, order, bits):
     device, ops = backend
     kinds = list(zip(DTYPES, reversed(DTYPES), (True, False, True)))
@@ -59,8 +51,8 @@ def test_matches_float64(backend, rows, n, out, group, order, bits):
         x, *weight = problem(rows, n, out, bits, group, order=order, dtype=dtype, scale_dtype=scale_dtype)
         bias = torch.randn(out).to(scale_dtype)
         y = raw(ops, x.to(device), on(device, weight), bits, bias.to(device), less_one=less_one).cpu()
-        want = exact(x, *weight, bias=bias, bits=bits, less_one=less_one)
-        terms = size_of_terms(x, *weight, bits=bits, less_one=less_one) + bias.double().abs()
+        dense = exact(torch.eye(n, dtype=torch.float64), *weight, bits=bits, less_one=less_one)
+        want, terms = x.double() @ dense + bias.double(), x.double().abs() @ dense.abs() + bias.double().abs()
         assert y.dtype == dtype and y.shape == want.shape
         # 2^-24 per addition in float32 is a bound nothing comes near: errors average
         assert ((y.double() - want).abs() <= 1e-6 * terms + ROUNDING[dtype] * want.abs()).all()
@@ -97,9 +89,9 @@ def test_a_row_does_not_depend_on_the_others(order):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("order", ["in", "any"])
-def test_dense_weight(backend, bits, order):
+def test_dense_weight(backend, bits):
     device, ops = backend
+    order = "any" if bits % 4 else "in"
     _, *weight = problem(1, 70, 140, bits, 24, order=order)
     want = exact(torch.eye(70, dtype=torch.float64), *weight, bits=bits)
     for dtype in (torch.float32, torch.float16, torch.bfloat16 if bits < 4 else torch.float64):
