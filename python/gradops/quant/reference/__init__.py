@@ -4,6 +4,6 @@ from .hessian import gptaq_cross_update_, hessian_factor, hessian_update_
 from .pack import pack_fp4, pack_gptq, unpack_fp4, unpack_gptq
 
 __all__ = [
-    "gptaq_cross_update_", "gptq_quantize", "hessian_factor", "hessian_update_", "pack_fp4", "pack_gptq",
-    "rtn_quantize", "unpack_fp4", "unpack_gptq",
+    "dequant_linear", "gptaq_cross_update_", "gptq_quantize", "hessian_factor", "hessian_update_", "pack_fp4",
+    "pack_gptq", "rtn_quantize", "unpack_fp4", "unpack_gptq",
 ]  # fmt: skip
