@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ._layers import is_layer
 
 
-class _Reached(BaseException):
-    """The block has run; the rest of the model need not."""
+class Enough(BaseException):
+    """The rest of the model need not run."""
 
 
 def find_blocks(model: nn.Module, prefix: str = "") -> list[str]:
@@ -57,7 +57,7 @@ class Stream:
 
     def run(self, at: int, batch: int, *, block: nn.Module | None = None, keep: bool = False) -> list[Tensor]:
         """Runs block `at` on a batch, or `block` in its place, and keeps its output for the next one or not.
-        Returns the tensors it was called with; none if the batch does not come by."""
+        Returns the tensors it was called with; none if the batch does not come by. A hook may raise `Enough`."""
         latest = self._latest[batch]
         inputs: list[Tensor] = []
 
@@ -70,12 +70,12 @@ class Stream:
             output = (block or original)(*args, **kwargs)
             if keep:
                 latest[self._lists[index]] = output
-            raise _Reached
+            raise Enough
 
         with _forwards(self.model, {name: partial(forward, i) for i, name in enumerate(self.order)}):
             try:
                 call(self.model, self.batches[batch])
-            except _Reached:
+            except Enough:
                 pass
         return inputs
 

@@ -1,15 +1,15 @@
 """The sums over the inputs of a stage's layers, and the weights that follow from them."""
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ._blocks import Stream
+from ._blocks import Enough, Stream
 from ._columns import QuantizedWeight, column_order
 from ._layers import weight_of
-from ._stages import address, listening
+from ._stages import Group, address, listening
 from .config import QuantizeConfig
 from .gptq_quantize import _in_order, gptq_quantize
 from .hessian_factor import hessian_factor
@@ -35,46 +35,50 @@ class Sums:
         self.seen = int(hessian_update_(self.H, x, self.seen, mask=mask))
 
 
-def calibrate(stream: Stream, at: int, groups: Sequence[Sequence[str]], layers: Mapping[str, nn.Module],
+def calibrate(stream: Stream, at: int, groups: Sequence[Group], layers: Mapping[str, nn.Module],
               exact: Stream | None, twin: nn.Module | None, twins: Mapping[str, nn.Module]) -> list[Sums]:
-    """Runs all batches through a block; the sums over the inputs of these groups of its layers."""
-    found = [Sums(layers[group[0]], exact is not None) for group in groups]
-    place = {name: i for i, group in enumerate(groups) for name in group}
+    """Runs all batches through a block, as far as these groups of its layers need; the sums over their inputs."""
+    found = [Sums(layers[group.names[0]], exact is not None) for group in groups]
+    place = {name: i for i, group in enumerate(groups) for name in group.names}
     for batch in range(len(stream.batches)):
         mask = _mask(stream.batches[batch])
-        alive: list[Tensor] = []  # so that no address is used twice
-        known: set[Any] = set()
         counterparts: dict[int, list[Tensor]] = defaultdict(list)
-
-        def new(name: str, x: Tensor, alive: Any = alive, known: Any = known) -> bool:
-            key = place[name], *address(x)
-            if key in known or not x.numel():
-                return False
-            known.add(key)
-            alive.append(x)
-            return True
-
+        whole = 0
         if exact is not None:
-            # Experts see the tokens that were sent to them, which are others in the other model: no counterparts.
-            def before(name: str, x: Tensor, new: Any = new, counterparts: Any = counterparts) -> None:
-                if new(name, x):
-                    counterparts[place[name]].append(x.clone())
-
-            with listening({name: twins[name] for name in place}, before):
+            take = lambda i, x, counterparts=counterparts: counterparts[i].append(x.clone())
+            with listening({name: twins[name] for name in place}, _Once(groups, place, take)):
                 whole = _tokens(exact.run(at, batch, block=twin))
-            known.clear()
 
-        def heard(name: str, x: Tensor, new: Any = new, counterparts: Any = counterparts, mask: Any = mask) -> None:
-            if new(name, x):
-                theirs = counterparts[place[name]]
-                other = theirs.pop(0) if theirs else None
-                if other is not None and (other.shape != x.shape or x.shape[:-1].numel() != whole):
-                    other = None
-                found[place[name]].add(x, mask, other)
+        def add(i: int, x: Tensor, mask: Any = mask, counterparts: Any = counterparts, whole: int = whole) -> None:
+            other = counterparts[i].pop(0) if counterparts[i] else None
+            # Experts see the tokens that are sent to them; in full precision those are others.
+            if other is not None and (other.shape != x.shape or x.shape[:-1].numel() != whole):
+                other = None
+            found[i].add(x, mask, other)
 
-        with listening({name: layers[name] for name in place}, heard):
+        with listening({name: layers[name] for name in place}, _Once(groups, place, add)):
             stream.run(at, batch)
     return found
+
+
+class _Once:
+    """Passes on every different input of every group of a batch, and ends the batch when all of them came by."""
+
+    def __init__(self, groups: Sequence[Group], place: Mapping[str, int], take: Callable[[int, Tensor], Any]) -> None:
+        self.place, self.take = place, take
+        self.calls = [group.calls for group in groups]
+        self.known: dict[Any, Tensor] = {}  # kept alive so that no address is used twice
+
+    def __call__(self, name: str, x: Tensor) -> None:
+        i = self.place[name]
+        key = i, *address(x)
+        if key in self.known or not x.numel():
+            return
+        self.known[key] = x
+        self.take(i, x)
+        self.calls[i] -= 1
+        if max(self.calls) <= 0:
+            raise Enough
 
 
 class Solved(NamedTuple):

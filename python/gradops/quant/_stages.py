@@ -1,8 +1,8 @@
 """Which layers of a block share an input, and in which order they can be quantised."""
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,15 @@ def listening(layers: Mapping[str, nn.Module], heard: Callable[[str, Tensor], No
             handle.remove()
 
 
-def find_stages(stream: Stream, at: int, layers: Mapping[str, nn.Module]) -> list[list[list[str]]]:
-    """Stages of groups of names of layers. A group has one input; a stage does not depend on later ones. Layers that no
-    batch reaches are in none.
+class Group(NamedTuple):
+    """Layers with one input, and how many different ones they get in a batch."""
+
+    names: list[str]
+    calls: int
+
+
+def find_stages(stream: Stream, at: int, layers: Mapping[str, nn.Module]) -> list[list[Group]]:
+    """Stages of groups of layers; no stage depends on a later one. Layers that no batch reaches are in none.
 
     Which layer feeds which is read off the autograd graph of a batch, in which the output of every layer is a leaf;
     batches are taken until every layer was met, which for all but experts is one.
@@ -70,9 +76,9 @@ def find_stages(stream: Stream, at: int, layers: Mapping[str, nn.Module]) -> lis
     for name in layers:
         if name in level:
             groups[level[name], frozenset(inputs[name])].append(name)
-    stages: dict[int, list[list[str]]] = defaultdict(list)
-    for (depth, _), group in groups.items():
-        stages[depth].append(group)
+    stages: dict[int, list[Group]] = defaultdict(list)
+    for (depth, heard_by_all), names in groups.items():
+        stages[depth].append(Group(names, max(Counter(batch for batch, *_ in heard_by_all).values())))
     return [stages[depth] for depth in sorted(stages)]
 
 

@@ -51,7 +51,7 @@ def save_quantized(model: nn.Module, path: str | PathLike[str], *, max_shard_byt
     where = {}
     for i, shard in enumerate(shards):
         file = _SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file({name: x.cpu().contiguous() for name, x in shard.items()}, path / file, metadata={"format": "pt"})
+        save_file(shard, path / file, metadata={"format": "pt"})
         where |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         _write(path / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
@@ -146,12 +146,19 @@ def _symmetric(layer: QuantizedLinear) -> bool:
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:
-    """The state, without the later names of tensors that are the same."""
-    found: dict[tuple[Any, ...], str] = {}
-    state = model.state_dict()
+    """The state in contiguous memory of its own; of tied parameters, the first name."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), name)
+    later = {name for name, p in model.named_parameters(remove_duplicate=False) if names[id(p)] != name}
+    state = {name: x.cpu().contiguous() for name, x in model.state_dict().items() if name not in later}
+    held: set[int] = set()
     for name, x in state.items():
-        found.setdefault((x.data_ptr(), x.shape, x.stride(), x.dtype) if x.numel() else (name,), name)
-    return {name: state[name] for name in found.values()}
+        place = x.untyped_storage().data_ptr()
+        if place in held:
+            state[name] = x.clone()
+        held.add(place)
+    return state
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ._columns import QuantizedWeight
 from ._layers import is_layer, put, weight_of
 from ._report import ModuleResult, QuantizeReport
 from ._resume import Store
-from ._stages import find_stages
+from ._stages import Group, find_stages
 from .config import QuantizeConfig
 from .gptq_quantize import rtn_quantize
 from .quantized_linear import QuantizedLinear
@@ -143,12 +143,12 @@ def _calibrated(run: "_Run", batches: Sequence[Any], names: Sequence[str], block
         layers = {name: model.get_submodule(name) for name in names_here}
         twin = copy.deepcopy(model.get_submodule(block)) if gptaq else None
         twins = {} if twin is None else {name: twin.get_submodule(name[len(block) :].lstrip(".")) for name in layers}
-        for stage in find_stages(stream, at, layers) if run.store.missing(layers) else [[list(layers)]]:
+        for stage in find_stages(stream, at, layers) if run.store.missing(layers) else [[Group(list(layers), 1)]]:
             began = time.perf_counter()
-            todo = [group for group in stage if run.store.missing(group)]
+            todo = [group for group in stage if run.store.missing(group.names)]
             sums = calibrate(stream, at, todo, layers, exact, twin, twins) if todo else []
             run.compensate(todo, sums, began)
-            run.take([name for group in stage for name in group])
+            run.take([name for group in stage for name in group.names])
         run.round(layers)
         if at + 1 < len(order):
             for batch in range(len(batches)):
@@ -167,11 +167,11 @@ class _Run:
         self.most = 0  # tokens that any layer saw
         self._ready: dict[str, QuantizedLinear] = {}  # of the block at hand
 
-    def compensate(self, groups: Sequence[Sequence[str]], sums: Sequence[Sums], began: float) -> None:
+    def compensate(self, groups: Sequence[Group], sums: Sequence[Sums], began: float) -> None:
         """Quantises the groups of a stage, those of the same shapes (experts) in one call."""
         self.most = max([self.most, *(s.seen for s in sums)])
-        alike: dict[Any, list[tuple[Sequence[str], Sums]]] = defaultdict(list)
-        for group, s in zip(groups, sums, strict=True):
+        alike: dict[Any, list[tuple[list[str], Sums]]] = defaultdict(list)
+        for (group, _), s in zip(groups, sums, strict=True):
             weights = [weight_of(self.model.get_submodule(name)) for name in group]
             if 0 < s.seen >= self.config.min_token_share * self.most:
                 alike[tuple(w.shape for w in weights), weights[0].dtype, s.H.device, s.D is None].append((group, s))
