@@ -4,6 +4,7 @@ from ._columns import QuantizedWeight
 from ._report import ModuleResult, QuantizeReport
 from .checkpoint import load_quantized, save_quantized
 from .config import QuantizeConfig
+from .dequant_linear import dequant_linear
 from .gptq_pack import pack_gptq, unpack_gptq
 from .gptq_quantize import gptq_quantize, rtn_quantize
 from .hessian_factor import hessian_factor
@@ -12,7 +13,7 @@ from .quantize_model import quantize_model
 from .quantized_linear import QuantizedLinear
 
 __all__ = [
-    "ModuleResult", "QuantizeConfig", "QuantizeReport", "QuantizedLinear", "QuantizedWeight", "gptaq_cross_update_",
-    "gptq_quantize", "hessian_factor", "hessian_update_", "load_quantized", "pack_gptq", "quantize_model", "reference",
-    "rtn_quantize", "save_quantized", "unpack_gptq",
+    "ModuleResult", "QuantizeConfig", "QuantizeReport", "QuantizedLinear", "QuantizedWeight", "dequant_linear",
+    "gptaq_cross_update_", "gptq_quantize", "hessian_factor", "hessian_update_", "load_quantized", "pack_gptq",
+    "quantize_model", "reference", "rtn_quantize", "save_quantized", "unpack_gptq",
 ]  # fmt: skip
