@@ -234,6 +234,53 @@ def test_blocks_that_are_no_chain_run_as_one():
     assert_same(codes(model), by_hand(twin, ["layers.0", "layers.1", "layers.2"], batches, CONFIG))
 
 
+def test_encoder_and_decoder():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.ModuleList(toys.Gated() for _ in range(2))  # declared first, run last
+            self.encoder = nn.ModuleList(toys.Gated() for _ in range(2))
+
+        def forward(self, x):
+            memory, y = x, x
+            for block in self.encoder:
+                memory = memory + block(memory)
+            for block in self.decoder:
+                y = y + block(y + memory)
+            return y
+
+    # What a block returned is kept as it was: sums between blocks are the model's own, and memory reaches every block.
+    class Residual(toys.Gated):
+        def forward(self, x, memory=0.0):
+            return x + super().forward(x + memory)
+
+    class Chain(Model):
+        def __init__(self):
+            super().__init__()
+            self.decoder, self.encoder = (nn.ModuleList(Residual() for _ in range(2)) for _ in range(2))
+
+        def forward(self, x):
+            memory = x
+            for block in self.encoder:
+                memory = block(memory)
+            for block in self.decoder:
+                x = block(x, memory)
+            return x
+
+    batches = [torch.randn(3, 20, 32) for _ in range(2)]
+    order = [f"{part}.{i}.{name}_proj" for part in ("encoder", "decoder") for i in range(2)
+             for name in ("gate", "up", "down")]  # fmt: skip
+    for kind in (Chain, Model):
+        model = toys.make(kind)
+        twin = copy.deepcopy(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = run(model, batches, replace(CONFIG, method="gptaq"))
+        assert ["are no chain" in str(w.message) for w in caught] == [True] * (kind is Model)
+        assert {row.method for row in report.modules} == {"gptaq"}
+        assert_same(codes(model), by_hand(twin, order, batches, replace(CONFIG, method="gptaq")))
+
+
 def test_in_place_residuals_and_a_layer_that_is_called_twice():
     class Block(nn.Module):
         def __init__(self):

@@ -22,6 +22,8 @@ def _class(config: Any, path: Path) -> Any:
 def load_model(path: Path) -> nn.Module:
     """With its weights, in the dtype that they are stored in."""
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{path}: the model is quantised already")
     model: nn.Module = _class(config, path).from_pretrained(path, dtype="auto", local_files_only=True)
     return model
 

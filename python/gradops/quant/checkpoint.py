@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._layers import is_layer, layer_of, put
+from .gptq_pack import unpack_gptq
 from .quantized_linear import QuantizedLinear
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,8 +34,7 @@ def save_quantized(model: nn.Module, path: str | PathLike[str], *, max_shard_byt
     ``g_idx`` is not in order. Linear layers in full precision are listed under ``dynamic``, which GPTQModel and vLLM
     understand. Tensors that share memory (tied weights) are written once, under their first name.
     """
-    from safetensors.torch import save_file
-
+    save_file = _safetensors().save_file
     path = Path(path)
     settings = _quantization_config(model)
     path.mkdir(parents=True, exist_ok=True)
@@ -75,8 +75,7 @@ def load_quantized(path: str | PathLike[str], model: nn.Module | None = None) ->
         ModuleNotFoundError: `safetensors`, or without ``model`` `transformers`, is missing
         (``pip install 'gradops[quant]'``).
     """
-    from safetensors.torch import load_file
-
+    load_file = _safetensors().load_file
     path = Path(path)
     config = json.loads((path / "config.json").read_text())
     settings = config.get("quantization_config") or json.loads((path / "quantize_config.json").read_text())
@@ -102,6 +101,14 @@ def load_quantized(path: str | PathLike[str], model: nn.Module | None = None) ->
         raise ValueError(f"{path}: tensors that the model has and the checkpoint lacks: {missing}; "
                          f"that the checkpoint has and the model lacks: {unknown}")
     return model.eval()
+
+
+def _safetensors() -> Any:
+    try:
+        from safetensors import torch as module
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("checkpoints need safetensors: pip install 'gradops[quant]'", name=error.name) from None
+    return module
 
 
 def _quantized_layers(model: nn.Module, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
@@ -138,8 +145,6 @@ def _quantization_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _symmetric(layer: QuantizedLinear) -> bool:
-    from .gptq_pack import unpack_gptq
-
     parts = {name: getattr(layer, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
     zeros = unpack_gptq(parts, bits=layer.bits, checkpoint_format=layer.checkpoint_format).zeros
     return bool((zeros == 2 ** (layer.bits - 1)).all())
