@@ -78,6 +78,7 @@ def test_bench_writes_a_table_and_json(tmp_path):
 def test_quantize_without_its_extra_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "gradops.quant._huggingface", raising=False)
+    monkeypatch.delattr("gradops.quant._huggingface", raising=False)
     result = run("quantize", str(tmp_path), str(tmp_path / "out"), "--method", "rtn")
     assert result.exit_code == 1
     assert "this command needs transformers. Install it with: pip install 'gradops[quant]'" in result.output

@@ -42,7 +42,7 @@ MODULES = """argparse ast asyncio base64 bisect calendar collections configparse
 difflib dis email enum fractions ftplib functools gettext glob gzip heapq hmac html http imaplib inspect ipaddress json
 logging lzma mimetypes numbers os pathlib pickle platform plistlib poplib pprint profile queue random re sched secrets
 shelve shlex shutil smtplib socket sqlite3 ssl statistics string struct subprocess tarfile tempfile textwrap threading
-timeit tokenize trace types typing unittest urllib uuid warnings wave weakref zipfile""".split()
+timeit tokenize trace types typing unittest urllib uuid warnings wave weakref zipfile"""
 Batches = list[dict[str, Tensor]]
 
 
@@ -69,12 +69,12 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """Tokens to unit vectors, one per sentence."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
         sizes = {"word": VOCABULARY, "position": POSITIONS, "token_type": 2}
         self.embeddings = nn.ModuleDict({f"{k}_embeddings": nn.Embedding(n, WIDTH) for k, n in sizes.items()})
         self.embeddings["LayerNorm"] = nn.LayerNorm(WIDTH, 1e-12)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer() for _ in range(LAYERS))})
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer() for _ in range(layers))})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         e = self.embeddings
@@ -93,10 +93,10 @@ def folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def load_encoder() -> Encoder:
+def load_encoder(layers: int = LAYERS) -> Encoder:
     from safetensors.torch import load_file
 
-    model = Encoder()
+    model = Encoder(layers)
     tensors = load_file(folder() / "model.safetensors")
     model.load_state_dict({name: tensors[name] for name in model.state_dict()})
     return model.eval()
@@ -129,7 +129,7 @@ class Tokenizer:
 def sentences() -> list[str]:
     """Of the docstrings of the standard library, in random order."""
     found = []
-    for name in MODULES:
+    for name in MODULES.split():
         module = importlib.import_module(name)
         for thing in [module, *(value for key, value in sorted(vars(module).items()) if not key.startswith("_"))]:
             text = inspect.getdoc(thing) if callable(thing) or inspect.ismodule(thing) else None
@@ -160,18 +160,19 @@ class Quality(NamedTuple):
     seconds: float
 
 
-def quality(embeddings: Tensor, exact: Tensor, seconds: float) -> Quality:
+def compare(embeddings: Tensor, exact: Tensor, seconds: float) -> Quality:
     above = torch.ones(len(exact), len(exact)).triu(1).bool()
     ranks = torch.stack([(e @ e.T)[above].argsort().argsort().double() for e in (embeddings, exact)])
     return Quality(float((embeddings * exact).sum(-1).mean()), float(torch.corrcoef(ranks)[0, 1]), seconds)
 
 
-def run(name: str, bits: int, calibration: Batches, held_out: Batches, exact: Tensor) -> tuple[Quality, nn.Module]:
-    model = load_encoder()
+def run(name: str, bits: int, calibration: Batches, held_out: Batches, exact: Tensor,
+        layers: int = LAYERS) -> tuple[Quality, Encoder]:
+    model = load_encoder(layers)
     began = time.perf_counter()
     quantize_model(model, calibration, QuantizeConfig(bits=bits, **METHODS[name]), progress=False)
     seconds = time.perf_counter() - began
-    return quality(embed(model, held_out), exact, seconds), model
+    return compare(embed(model, held_out), exact, seconds), model
 
 
 def data(count: int = 256) -> tuple[Batches, Batches]:
@@ -195,10 +196,10 @@ def plot(results: dict[int, dict[str, Quality]], path: Path) -> None:
     fig.savefig(path, dpi=150)
 
 
-def check_checkpoint(model: nn.Module, held_out: Batches, directory: Path) -> str:
+def check_checkpoint(model: Encoder, held_out: Batches, directory: Path) -> str:
     """Saves the model, loads it into a new one, and says what came back."""
     save_quantized(model, directory)
-    again = load_quantized(directory, Encoder())
+    again = load_quantized(directory, Encoder(len(model.encoder["layer"])))
     same = torch.equal(embed(model, held_out), embed(again, held_out))
     size, before = ((d / "model.safetensors").stat().st_size / 1e6 for d in (directory, folder()))
     return f"{directory}: {size:.1f} MB (float32: {before:.1f}); loaded again, embeddings equal: {same}"

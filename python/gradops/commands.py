@@ -118,7 +118,7 @@ def quantize(
     act_group_aware: bool, asym: bool, damp: float, skip: tuple[str, ...], samples: int, length: int, batch_size: int,
     device: str, resume: Path | None,
 ) -> None:  # fmt: skip
-    """Quantise the model in MODEL_DIR (Hugging Face layout) into OUT_DIR, as vLLM, transformers and GPTQModel read it."""
+    """Quantise the model in MODEL_DIR (Hugging Face layout) into OUT_DIR, in the GPTQ format."""
     from .quant import QuantizeConfig, quantize_model, save_quantized
 
     if calibration is None and method != "rtn":
@@ -129,7 +129,8 @@ def quantize(
         from .quant import _huggingface as huggingface
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        raise click.ClickException(f"this command needs {missing}. Install it with: pip install 'gradops[quant]'") from None
+        says = f"this command needs {missing}. Install it with: pip install 'gradops[quant]'"
+        raise click.ClickException(says) from None
     try:
         config = QuantizeConfig(
             bits=int(bits), group_size=group_size, sym=not asym, method=method, desc_act=desc_act, damp_percent=damp,

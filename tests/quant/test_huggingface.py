@@ -5,27 +5,29 @@ import pytest
 import torch
 
 pytest.importorskip("safetensors", reason="needs gradops[quant]: safetensors")
-transformers = pytest.importorskip("transformers", reason="needs gradops[quant]: transformers")
+pytest.importorskip("transformers", reason="needs gradops[quant]: transformers")
 pytest.importorskip("click", reason="needs gradops[cli]")
 
+import transformers
 from click.testing import CliRunner
 
 from gradops.commands import gradops
 from gradops.quant import QuantizedLinear, load_quantized
 
-WORDS = "the kernel reads a row and writes it back before any other thread asks for what the cache no longer holds".split()
+WORDS = "the kernel reads one row and writes it back before another thread asks what no cache holds"
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 40}
 
 
 @pytest.fixture
 def run(tmp_path):
     text = tmp_path / "text.txt"
-    order = torch.randint(len(WORDS), (2000,), generator=torch.Generator().manual_seed(0))
-    text.write_text(" ".join(WORDS[i] for i in order))
+    words = WORDS.split()
+    order = torch.randint(len(words), (2000,), generator=torch.Generator().manual_seed(0))
+    text.write_text(" ".join(words[i] for i in order))
 
     def call(*args):
-        return CliRunner().invoke(gradops, ["quantize", str(tmp_path / "in"), str(tmp_path / "out"), *args,
-                                            "--calibration", str(text), "--length", "16", "--group-size", "16"])  # fmt: skip
+        fixed = ["--calibration", str(text), "--length", "16", "--group-size", "16"]
+        return CliRunner().invoke(gradops, ["quantize", str(tmp_path / "in"), str(tmp_path / "out"), *args, *fixed])
 
     return call
 
@@ -33,7 +35,7 @@ def run(tmp_path):
 def save(folder, model):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {word: i for i, word in enumerate(["[UNK]", "[PAD]", *sorted(set(WORDS))])}
+    words = {word: i for i, word in enumerate(["[UNK]", "[PAD]", *WORDS.split()])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     model.save_pretrained(folder)
@@ -83,7 +85,8 @@ def test_options_reach_the_checkpoint(tmp_path, run):
     assert result.exit_code == 0, result.output
     assert "left alone: encoder.layer.0.attention.self.query: skip='*.query'" in result.output
     config = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
-    assert (config["bits"], config["desc_act"], config["sym"], config["checkpoint_format"]) == (3, True, False, "gptq_v2")
+    expected = {"bits": 3, "desc_act": True, "sym": False, "checkpoint_format": "gptq_v2"}
+    assert expected.items() <= config.items()
     assert len(list((tmp_path / "parts").glob("*.pt"))) == 10
 
 

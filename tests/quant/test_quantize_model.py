@@ -86,9 +86,11 @@ def by_hand(model, order, batches, config, masks=None):
 
 
 LLAMA = [f"layers.{i}.{name}" for i in range(2) for name in (
-    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]  # fmt: skip
+    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
+)]  # fmt: skip
 BERT = [f"layer.{i}.{name}" for i in range(2) for name in (
-    "attention.q", "attention.k", "attention.v", "attention.o", "up", "down")]  # fmt: skip
+    "attention.q", "attention.k", "attention.v", "attention.o", "up", "down"
+)]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", [{}, {"desc_act": True}, {"method": "foem"}, {"method": "gptaq"},

@@ -2,12 +2,12 @@
 
 A block is an element of an outermost ModuleList that holds linear layers. To reach one, the model itself runs, with its
 earlier blocks replaced by what they returned last: so whatever happens between blocks (masks, rotary embeddings,
-arguments that differ from layer to layer) is the model's own doing, and only one output per batch is kept. That holds if
-blocks are a chain, which `execution_order` checks on the first batch; a model that is none runs as one block.
+arguments that differ from layer to layer) is the model's own doing, and only one output per batch is kept. That holds
+if blocks are a chain, which `execution_order` checks on the first batch; a model that is none runs as one block.
 """
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,8 @@ def find_blocks(model: nn.Module, prefix: str = "") -> list[str]:
     names = []
     for name, child in model.named_children():
         if isinstance(child, nn.ModuleList):
-            names += [f"{prefix}{name}.{i}" for i, block in child.named_children() if any(map(is_layer, block.modules()))]
+            names += [f"{prefix}{name}.{i}" for i, block in child.named_children()
+                      if any(map(is_layer, block.modules()))]  # fmt: skip
         else:
             names += find_blocks(child, f"{prefix}{name}.")
     return names
@@ -72,11 +73,9 @@ class Stream:
                 latest[self._lists[index]] = output
             raise Enough
 
-        with _forwards(self.model, {name: partial(forward, i) for i, name in enumerate(self.order)}):
-            try:
-                call(self.model, self.batches[batch])
-            except Enough:
-                pass
+        table = {name: partial(forward, i) for i, name in enumerate(self.order)}
+        with _forwards(self.model, table), suppress(Enough):
+            call(self.model, self.batches[batch])
         return inputs
 
 

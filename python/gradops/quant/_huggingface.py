@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".h5", ".msgpack", ".gguf",
-           ".onnx", ".ot")  # fmt: skip
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".h5", ".msgpack",
+           ".gguf", ".onnx", ".ot")  # fmt: skip
 
 
 def _class(config: Any, path: Path) -> Any:

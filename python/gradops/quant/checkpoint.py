@@ -6,7 +6,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ._layers import is_layer, layer_of, put
@@ -48,7 +47,7 @@ def save_quantized(model: nn.Module, path: str | PathLike[str], *, max_shard_byt
             size = 0
         shards[-1][name] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    where = {}
+    where: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = _SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         save_file(shard, path / file, metadata={"format": "pt"})
@@ -92,11 +91,12 @@ def load_quantized(path: str | PathLike[str], model: nn.Module | None = None) ->
         tensors |= load_file(path / file)
     _quantized_layers(model, tensors, settings)
     missing, unknown = model.load_state_dict(tensors, strict=False)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
     held = {x.data_ptr() for name, x in model.state_dict().items() if name in tensors}
     state = model.state_dict()
-    missing = [name for name in missing if state[name].data_ptr() not in held]  # the others are tied to one that is there
+    missing = [name for name in missing if state[name].data_ptr() not in held]  # the rest is tied to one that is there
     if missing or unknown:
         raise ValueError(f"{path}: tensors that the model has and the checkpoint lacks: {missing}; "
                          f"that the checkpoint has and the model lacks: {unknown}")
@@ -107,7 +107,8 @@ def _safetensors() -> Any:
     try:
         from safetensors import torch as module
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("checkpoints need safetensors: pip install 'gradops[quant]'", name=error.name) from None
+        says = "checkpoints need safetensors: pip install 'gradops[quant]'"
+        raise ModuleNotFoundError(says, name=error.name) from None
     return module
 
 

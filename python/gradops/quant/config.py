@@ -8,7 +8,7 @@ from .gptq_pack import BITS, FORMATS
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """What :func:`quantize_model` does to every linear layer; fields as in :func:`gptq_quantize` where they share a name.
+    """What :func:`quantize_model` does to every linear layer; fields as in :func:`gptq_quantize` if not told.
 
     Args:
         bits: 2, 3, 4 or 8: what checkpoints hold.

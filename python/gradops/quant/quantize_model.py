@@ -190,8 +190,8 @@ class _Run:
             method = self.config.method
             if method.endswith("gptaq") and s.D is None:
                 method = "foem" if method.startswith("foem") else "gptq"
-                warnings.warn(f"{', '.join(group)}: quantised by {method}: the tokens that an expert sees are others in "
-                              "full precision, and GPTAQ compares the same", stacklevel=4)  # fmt: skip
+                warnings.warn(f"{', '.join(group)}: quantised by {method}: the tokens that an expert sees are others "
+                              "in full precision, and GPTAQ compares the same", stacklevel=4)  # fmt: skip
             begin = 0
             for name in group:
                 end = begin + len(weight_of(self.model.get_submodule(name)))
@@ -213,8 +213,9 @@ class _Run:
             began, rtn = time.perf_counter(), self.config.method == "rtn"
             if not rtn:
                 warnings.warn(f"{name}: rounded to nearest: {why}", stacklevel=4)
-            q = rtn_quantize(weight_of(self.model.get_submodule(name)), bits=self.config.bits, sym=self.config.sym,
-                             group_size=self.config.group_size, mse=self.config.mse, scale_dtype=torch.float16)  # fmt: skip
+            c = self.config
+            q = rtn_quantize(weight_of(self.model.get_submodule(name)), bits=c.bits, group_size=c.group_size, sym=c.sym,
+                             mse=c.mse, scale_dtype=torch.float16)  # fmt: skip
             self._finish(name, q, ModuleResult(name, "rtn", seen, float(q.loss.sum()), math.nan,
                                                time.perf_counter() - began, info, "" if rtn else why))  # fmt: skip
 
