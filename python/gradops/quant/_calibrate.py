@@ -43,16 +43,16 @@ def calibrate(stream: Stream, at: int, groups: Sequence[Group], layers: Mapping[
     for batch in range(len(stream.batches)):
         mask = _mask(stream.batches[batch])
         counterparts: dict[int, list[Tensor]] = defaultdict(list)
-        whole = 0
+        whole: set[int] = set()
         if exact is not None:
             take = lambda i, x, counterparts=counterparts: counterparts[i].append(x.clone())
             with listening({name: twins[name] for name in place}, _Once(groups, place, take)):
                 whole = _tokens(exact.run(at, batch, block=twin))
 
-        def add(i: int, x: Tensor, mask: Any = mask, counterparts: Any = counterparts, whole: int = whole) -> None:
+        def add(i: int, x: Tensor, mask: Any = mask, counterparts: Any = counterparts, whole: set[int] = whole) -> None:
             other = counterparts[i].pop(0) if counterparts[i] else None
             # Experts see the tokens that are sent to them; in full precision those are others.
-            if other is not None and (other.shape != x.shape or x.shape[:-1].numel() != whole):
+            if other is not None and (other.shape != x.shape or x.shape[:-1].numel() not in whole):
                 other = None
             found[i].add(x, mask, other)
 
@@ -120,7 +120,6 @@ def _fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
     return mask.to(x.device).reshape(x.shape[:-1])
 
 
-def _tokens(inputs: Sequence[Tensor]) -> int:
-    """How many tokens a block was called with."""
-    x = inputs[0] if inputs else None
-    return 0 if x is None else x.shape[:-1].numel() if x.is_floating_point() else x.numel()
+def _tokens(inputs: Sequence[Tensor]) -> set[int]:
+    """How many tokens a block may have been called with: tokens are rows of numbers, or integers."""
+    return {x.shape[:-1].numel() if x.is_floating_point() else x.numel() for x in inputs}

@@ -147,8 +147,8 @@ def _calibrated(run: "_Run", batches: Sequence[Any], names: Sequence[str], block
             began = time.perf_counter()
             todo = [group for group in stage if run.store.missing(group.names)]
             sums = calibrate(stream, at, todo, layers, exact, twin, twins) if todo else []
+            run.take([name for group in stage if group not in todo for name in group.names])
             run.compensate(todo, sums, began)
-            run.take([name for group in stage for name in group.names])
         run.round(layers)
         if at + 1 < len(order):
             for batch in range(len(batches)):
@@ -243,6 +243,7 @@ class _Run:
         layer = layer.to(weight.device)
         weight.copy_(layer.dequantize())  # what later layers of the block see, faster than the packed layer
         self._ready[name] = layer
+        self.most = max(self.most, result.tokens)
         self.rows.append(result)
         self.tick(name)
 
