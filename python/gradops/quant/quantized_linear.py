@@ -4,8 +4,8 @@ from torch import Tensor
 
 from .._checks import check_one_of
 from ._columns import QuantizedWeight
-from .dequant_linear import dequant_linear
-from .gptq_pack import BITS, FORMATS, pack_gptq, unpack_gptq
+from .dequant_linear import dense_weight, dequant_linear
+from .gptq_pack import BITS, FORMATS, pack_gptq
 
 
 class QuantizedLinear(torch.nn.Module):
@@ -97,8 +97,9 @@ class QuantizedLinear(torch.nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight ``(out, in)`` that the buffers stand for, in float32."""
-        tensors = {name: getattr(self, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
-        return unpack_gptq(tensors, bits=self.bits, checkpoint_format=self.checkpoint_format).weight
+        size = self.in_features if self.group_size == -1 else self.group_size
+        return dense_weight(torch.float32, self.qweight, self.scales, self.qzeros, self.g_idx, self.in_features,
+                            self.bits, size, self.checkpoint_format == "gptq").mT.contiguous()  # fmt: skip
 
     def extra_repr(self) -> str:
         version = "" if self.checkpoint_format == "gptq" else f", checkpoint_format={self.checkpoint_format!r}"
