@@ -188,6 +188,13 @@ def test_few_tokens_mean_rounding():
     assert {row.method for row in report.modules if "experts" in row.name} == {"rtn", "gptq"}
 
 
+def test_fewer_tokens_than_inputs_is_said_once():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(toys.make(toys.Llama), [toys.ids(1, 12)])
+    assert [str(w.message).split(":")[0] for w in caught] == ["layers.0.self_attn.q saw 12 tokens and has 32 inputs"]
+
+
 def test_a_model_without_lists_is_one_block():
     model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 8))
     twin = copy.deepcopy(model)

@@ -114,7 +114,7 @@ def _choose(model: nn.Module, names: Sequence[str],
         if not is_layer(module):
             if isinstance(module, nn.Linear):
                 left[name] = f"a {type(module).__name__}, which may use its weight in its own way"
-            elif block is not None and any(p.dim() == 3 for p in module.parameters(recurse=False)):
+            elif block is not None and _fused(module):
                 left[name] = "weights with three dimensions (fused experts) are not supported"
                 warnings.warn(f"{name}: {left[name]}; it stays in full precision", stacklevel=3)
             continue
@@ -131,6 +131,12 @@ def _choose(model: nn.Module, names: Sequence[str],
         else:
             blocks[block].append(name)
     return blocks, left
+
+
+def _fused(module: nn.Module) -> bool:
+    """Whether it holds several matrices in one parameter."""
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    return not convolution and any(p.dim() == 3 for p in module.parameters(recurse=False))
 
 
 def _calibrated(run: "_Run", batches: Sequence[Any], names: Sequence[str], blocks: Mapping[str, list[str]]) -> None:
@@ -165,6 +171,7 @@ class _Run:
         self.model, self.config, self.store, self.tick = model, config, store, tick
         self.rows: list[ModuleResult] = []
         self.most = 0  # tokens that any layer saw
+        self.warned = False
         self._ready: dict[str, QuantizedLinear] = {}  # of the block at hand
 
     def compensate(self, groups: Sequence[Group], sums: Sequence[Sums], began: float) -> None:
@@ -173,6 +180,11 @@ class _Run:
         alike: dict[Any, list[tuple[list[str], Sums]]] = defaultdict(list)
         for (group, _), s in zip(groups, sums, strict=True):
             weights = [weight_of(self.model.get_submodule(name)) for name in group]
+            inputs = weights[0].shape[1]
+            if s.seen < inputs and not self.warned:
+                self.warned = True
+                warnings.warn(f"{group[0]} saw {s.seen} tokens and has {inputs} inputs: with fewer tokens than inputs, "
+                              "compensation may do worse than rounding (said once)", stacklevel=4)  # fmt: skip
             if 0 < s.seen >= self.config.min_token_share * self.most:
                 alike[tuple(w.shape for w in weights), weights[0].dtype, s.H.device, s.D is None].append((group, s))
             else:
