@@ -74,8 +74,7 @@ template <int b, int R, int N, bool kMixed>
 #pragma GCC unroll 8
         for (int n = 0; n < N * kLane / 16; ++n) __builtin_prefetch(next + w * run.stride + 16 * n);
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < kCodes / kWindow<b>; ++j) {
+    const auto step = [&](int j) __attribute__((always_inline)) {
       U q[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) q[n] = window<b>(words + n * kLane, run.stride, j);
@@ -97,6 +96,13 @@ template <int b, int R, int N, bool kMixed>
           for (int r = 0; r < R; ++r) sum[r][n] += value * at[r];
         }
       }
+    };
+    if constexpr (b == 3) {  // 32 codes are too many for one stretch of code
+#pragma GCC unroll 1
+      for (int j = 0; j < kCodes / kWindow<b>; ++j) step(j);
+    } else {
+#pragma GCC unroll 8
+      for (int j = 0; j < kCodes / kWindow<b>; ++j) step(j);
     }
     if constexpr (kMixed) group += kCodes;
   }
@@ -178,14 +184,14 @@ struct Scratch {
 };
 int64_t tables_of(const PackedWeight& w) { return w.groups > 4 ? w.groups : 4; }
 
-// The words of a run in the columns of a tile: where they are, or of a tile that is not full, a copy.
+// The words of a run in the columns of a tile: where they are, or if some do not exist, a copy with zeros.
 template <int b>
 void locate(const PackedWeight& w, int64_t unit, int64_t units, int64_t col, uint32_t* copy, Run& run) {
   run.words = w.words + unit * unit_words(b) * w.out + col;
   run.stride = w.out;
   run.units = units;
-  if (w.out - col >= kTile) return;
   const int64_t all = (w.in * b + 31) / 32, first = unit * unit_words(b);
+  if (w.out - col >= kTile && first + units * unit_words(b) <= all) return;
   for (int64_t i = 0; i < units * unit_words(b); ++i)
     for (int64_t c = 0; c < kTile; ++c)
       copy[i * kTile + c] = first + i < all && col + c < w.out ? run.words[i * w.out + c] : 0;
