@@ -209,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--png", type=Path, help="draw the table")
-    parser.add_argument("--save", type=Path, help="write the last 4-bit model with act order here")
+    parser.add_argument("--save", type=Path, help="write the model quantised with act order here")
     options = parser.parse_args()
     calibration, held_out = data()
     exact = embed(load_encoder(), held_out)
