@@ -54,6 +54,11 @@ def test_without_the_extra_one_line_says_what_to_install(missing):
         (["bench", "--device", "tpu"], "--device"),
         (["bench", "linalg", "--quick", "--only", "no such case"], "no case's name contains"),
         (["nonsense"], "No such command"),
+        (["quantize", "."], "OUT_DIR"),
+        (["quantize", "no such folder", "out"], "no such folder"),
+        (["quantize", ".", "out"], "--method gptq needs --calibration"),
+        (["quantize", ".", "out", "--bits", "5"], "--bits"),
+        (["quantize", ".", ".", "--method", "rtn"], "another directory"),
     ],
 )
 def test_a_bad_call_is_refused(args, says):
@@ -68,3 +73,12 @@ def test_bench_writes_a_table_and_json(tmp_path):
     read = json.loads((tmp_path / "r.json").read_text())
     assert {r["family"] for r in read["results"]} == {"linalg"}
     assert all(r["seconds"]["ours"] > 0 for r in read["results"])
+
+
+def test_quantize_without_its_extra_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "gradops.quant._huggingface", raising=False)
+    monkeypatch.delattr("gradops.quant._huggingface", raising=False)
+    result = run("quantize", str(tmp_path), str(tmp_path / "out"), "--method", "rtn")
+    assert result.exit_code == 1
+    assert "this command needs transformers. Install it with: pip install 'gradops[quant]'" in result.output

@@ -90,3 +90,63 @@ def bench(
         report.write_plot(plot_file, machine, results)
     if any("failed" in result for result in results):
         raise SystemExit(1)
+
+
+@gradops.command()
+@click.argument("model_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--bits", type=click.Choice(["2", "3", "4", "8"]), default="4", show_default=True)
+@click.option("--group-size", type=int, default=128, show_default=True, help="Inputs that share a scale; -1: all.")
+@click.option("--method", type=click.Choice(["rtn", "gptq", "gptaq", "foem", "foem+gptaq"]), default="gptq",
+              show_default=True)  # fmt: skip
+@click.option("--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE.txt",
+              help="Text to calibrate with; every method but rtn needs it.")  # fmt: skip
+@click.option("--desc-act", is_flag=True, help="Inputs with the largest activations first.")
+@click.option("--act-group-aware", is_flag=True, help="The same inside groups and between them: no cost in deployment.")
+@click.option("--asym", is_flag=True, help="A zero point for every group; written as gptq_v2.")
+@click.option("--damp", type=click.FloatRange(0, 1), default=0.01, show_default=True,
+              help="Added to Hessians, as a share of the mean of their diagonals.")  # fmt: skip
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Also leave these layers alone; may be repeated.")
+@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows of the text.")
+@click.option("--length", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens in a window.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, callback=_check_device)
+@click.option("--resume", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="Keep the result of every layer here, and go on from what is there.")  # fmt: skip
+def quantize(
+    model_dir: Path, out_dir: Path, bits: str, group_size: int, method: str, calibration: Path | None, desc_act: bool,
+    act_group_aware: bool, asym: bool, damp: float, skip: tuple[str, ...], samples: int, length: int, batch_size: int,
+    device: str, resume: Path | None,
+) -> None:  # fmt: skip
+    """Quantise the model in MODEL_DIR (Hugging Face layout) into OUT_DIR, in the GPTQ format."""
+    from .quant import QuantizeConfig, quantize_model, save_quantized
+
+    if calibration is None and method != "rtn":
+        raise click.UsageError(f"--method {method} needs --calibration FILE.txt")
+    if out_dir.exists() and out_dir.samefile(model_dir):
+        raise click.UsageError("OUT_DIR must be another directory than MODEL_DIR")
+    try:
+        from .quant import _huggingface as huggingface
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        says = f"this command needs {missing}. Install it with: pip install 'gradops[quant]'"
+        raise click.ClickException(says) from None
+    try:
+        config = QuantizeConfig(
+            bits=int(bits), group_size=group_size, sym=not asym, method=method, desc_act=desc_act, damp_percent=damp,
+            act_group_aware=act_group_aware, skip=(*QuantizeConfig.skip, *skip),
+            checkpoint_format="gptq_v2" if asym else "gptq",
+        )  # fmt: skip
+        batches = []
+        if calibration is not None and method != "rtn":
+            text = calibration.read_text(encoding="utf-8")
+            batches = huggingface.windows(model_dir, text, length=length, samples=samples, batch_size=batch_size)
+        model = huggingface.load_model(model_dir).to(device)
+        batches = [{name: x.to(device) for name, x in batch.items()} for batch in batches]
+        report = quantize_model(model, batches, config, resume=resume)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    huggingface.copy_rest(model_dir, out_dir)
+    save_quantized(model, out_dir)
+    click.echo(report)
+    click.echo(f"written: {out_dir}")
