@@ -222,7 +222,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, t_hidden, t_weight, _targets, t_bias, *_):
         hidden, weight, targets, _logp, _lse, _entropy, *bias = primals(ctx.saved_tensors)
-        temperature, softcap, with_entropy, moments, chunk_size, group = ctx.settings
+        temperature, softcap, with_entropy, moments, _, group = ctx.settings
         if group is not None:
             raise RuntimeError("linear_logprob has no forward-mode derivative with a group")
         return tangents(hidden, weight, targets, bias[0] if bias else None, (t_hidden, t_weight, t_bias), temperature,

@@ -17,10 +17,13 @@ def merge_parts(results: Sequence[Tensor], mine: Tensor) -> tuple[Tensor, ...]:
     logp = torch.where(lse == -torch.inf, 0.0, logp.movedim(-1, 0)).movedim(0, -1) + log_share[..., None]
 
     def total_of(x: Tensor, terms: Callable[[Tensor], Tensor]) -> Tensor:
-        return x[0] if x.dim() > lse.dim() else torch.where(share == 0, 0.0, terms(x)).sum(0)  # the former: not wanted
+        if x.dim() > lse.dim():  # not wanted
+            return x[0]
+        return torch.where(share == 0, 0.0, terms(x)).sum(0)
 
-    return (torch.where(mine, logp, 0.0).sum(0).clamp_max(0), total, total_of(entropy, lambda x: share * (x - log_share)),
-            total_of(p2, lambda x: share**2 * x), total_of(p3, lambda x: share**3 * x))
+    return (torch.where(mine, logp, 0.0).sum(0).clamp_max(0), total,
+            total_of(entropy, lambda x: share * (x - log_share)), total_of(p2, lambda x: share**2 * x),
+            total_of(p3, lambda x: share**3 * x))
 
 
 def merge_shards(results: Sequence[Tensor], targets: Tensor, group: ProcessGroup) -> tuple[Tensor, ...]:
@@ -36,6 +39,6 @@ def merge_shards(results: Sequence[Tensor], targets: Tensor, group: ProcessGroup
     owners = mine.sum(0)
     if owners.is_cpu and (owners != 1).any():
         raise ValueError("targets must each lie in the part of the vocabulary of exactly one rank")
-    merged = merge_parts([logps, lses[..., 0], *(x.reshape(len(x), *y.shape) for x, y in zip(rests, rest, strict=True))],
-                         mine > 0)
+    rests = [x.reshape(len(x), *y.shape) for x, y in zip(rests, rest, strict=True)]
+    merged = merge_parts([logps, lses[..., 0], *rests], mine > 0)
     return torch.where(owners == 1, merged[0], torch.nan), *merged[1:]  # on CUDA, where nobody has looked
