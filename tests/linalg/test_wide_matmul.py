@@ -105,7 +105,8 @@ for x in (left, left.mT.contiguous().mT, left.bfloat16()):
 """
 
 
-@pytest.mark.parametrize("level", ["v3", "amx_twin"])
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["v2", "v3", "v4", "amx_twin"])
 def test_other_levels(level):
     if level not in torch.ops.gradops.isa_levels().split():
         pytest.skip("not in this build, or not on this machine")

@@ -68,6 +68,14 @@ def test_matches_float64_with_gradient(backend, shape, k, dtype, keep, temperatu
     assert torch.equal(x, ours_grad)
 
 
+def test_subnormal_logits():
+    x = (6e-5 * torch.rand(2, 700, generator=torch.Generator().manual_seed(0))).half()
+    ids, offsets = torch.arange(700).repeat(2), torch.tensor([0, 700, 1400])
+    for sets in ({}, {"keep_ids": ids, "keep_offsets": offsets}):
+        ours = selective_log_softmax(x, index_of((2,), 700), return_=OUTPUTS, out_dtype=torch.float64, **sets)
+        assert_near(ours, exact(x, index_of((2,), 700)), 3e-6)
+
+
 @settings(max_examples=30, deadline=None)
 @given(shape=st.lists(st.integers(0, 5), max_size=2), vocabulary=st.integers(1, 70), k=st.integers(0, 4),
        dtype=st.sampled_from(DTYPES),
