@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer as synchronized_time
 
 LOST = 0.95  # below this ratio plain torch is the faster one, beyond the noise
 
@@ -82,13 +83,23 @@ class Stopwatch:
     """Times calls of one contender."""
 
     def __init__(self, f: Callable[[], Any], settings: Settings) -> None:
-        clock = {"timer": time.process_time} if settings.clock == "process CPU time" else {}  # else Timer's own,
-        self._timer = Timer("f()", globals={"f": f}, num_threads=settings.threads, **clock)  # which synchronizes
-        self.once = max(self._timer.timeit(1).mean, 1e-7)
+        self._f = f
+        self._clock = time.process_time if settings.clock == "process CPU time" else synchronized_time
+        self._timer = Timer("f()", globals={"f": f}, num_threads=settings.threads, timer=self._clock)
+        self.once = self._single()
+        if self.once < settings.seconds / 5:
+            self.once = max(self._timer.timeit(1).mean, 1e-7)
+
+    def _single(self) -> float:
+        start = self._clock()
+        self._f()
+        return self._clock() - start
 
     def burst(self, seconds: float) -> float:
-        """The mean of a burst of calls that lasts about `seconds`; Timer warms up before it."""
-        return self._timer.timeit(max(1, min(round(seconds / self.once), 100_000))).mean
+        """The mean of a burst of calls that lasts about `seconds`; Timer warms up before it, with two calls at least,
+        which a single slow call is spared."""
+        calls = max(1, min(round(seconds / self.once), 100_000))
+        return self._single() if calls == 1 else self._timer.timeit(calls).mean
 
 
 class Floor:

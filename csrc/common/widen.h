@@ -22,10 +22,14 @@ struct F16 {
 [[gnu::always_inline]] inline double widen(double x) { return x; }
 [[gnu::always_inline]] inline float widen(Bf16 x) { return float_of(uint32_t(x.bits) << 16); }
 [[gnu::always_inline]] inline float widen(F16 x) {
-  // The exponents' biases differ by 112. A product moves it, and makes subnormals normal.
-  const float magnitude = float_of((x.bits & 0x7fffu) << 13) * 0x1p112f;
-  const uint32_t inf_or_nan = magnitude >= 65536.f ? 0x7f800000u : 0u;
-  return float_of(bits_of(magnitude) | inf_or_nan | (x.bits & 0x8000u) << 16);
+  // The exponents' biases differ by 112; that of infinities moves as far again. No float on the way is denormal: it
+  // might be taken for zero.
+  const uint32_t bits = (x.bits & 0x7fffu) << 13;
+  const float subnormal = float_of(bits + (113u << 23)) - 0x1p-14f;
+  const uint32_t magnitude = bits < 0x400u << 13    ? bits_of(subnormal)
+                             : bits < 0x7c00u << 13 ? bits + (112u << 23)
+                                                    : bits + (224u << 23);
+  return float_of(magnitude | (x.bits & 0x8000u) << 16);
 }
 
 // To nearest, ties to even.

@@ -11,7 +11,7 @@
 
 namespace gradops {
 
-struct LogSoftmaxTask {  // rows x cols logits, contiguous; a null output is not wanted
+struct LogSoftmaxInputs {  // rows x cols logits, contiguous
   const void* logits;
   Element element;
   int64_t rows, cols, targets;
@@ -20,18 +20,15 @@ struct LogSoftmaxTask {  // rows x cols logits, contiguous; a null output is not
   const int64_t* keep_offsets;  // rows + 1
   int64_t kept;                 // the number of keep_ids
   double temperature, softcap;
-  bool partial;  // -1 in index: an entry that somebody else holds; its logp is 0
+};
+
+struct LogSoftmaxTask : LogSoftmaxInputs {  // a null output is not wanted
+  bool partial;                             // -1 in index: an entry that somebody else holds; its logp is 0
   double *logp, *lse, *entropy, *sum_p2, *sum_p3;
 };
 
-struct LogSoftmaxGradTask {  // a null gradient is 0; grad may be logits itself
-  const void* logits;
-  void* grad;
-  Element element;
-  int64_t rows, cols, targets;
-  const int64_t *index, *keep_ids, *keep_offsets;
-  int64_t kept;
-  double temperature, softcap;
+struct LogSoftmaxGradTask : LogSoftmaxInputs {  // a null gradient is 0
+  void* grad;                                   // may be logits itself
   const double *lse, *entropy, *grad_logp, *grad_lse, *grad_entropy;
 };
 

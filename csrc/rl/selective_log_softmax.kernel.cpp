@@ -29,18 +29,6 @@ struct Sums {
   Floats sum{}, dot{}, squares{}, cubes{};
   void operator+=(const Sums& o) { sum += o.sum, dot += o.dot, squares += o.squares, cubes += o.cubes; }
 };
-template <int kMode>
-[[gnu::always_inline]] inline void add(Sums& s, Floats y) {  // y = d log2(e)
-  if constexpr (kMode > 0) y = larger(all(kLowest), y);      // 0 * -inf would be NaN
-  const Floats e = exp2_of(y);
-  s.sum += e;
-  if constexpr (kMode > 0) s.dot += e * y;
-  if constexpr (kMode > 1) {
-    const Floats square = e * e;
-    s.squares += square, s.cubes += square * e;
-  }
-}
-
 template <class T>
 float top_of(const T* x, int64_t n) {  // n: of pairs of vectors
   Floats a = all(-float(kInfinity)), b = a;
@@ -51,21 +39,51 @@ float top_of(const T* x, int64_t n) {  // n: of pairs of vectors
   return top_lane(larger(a, b));
 }
 
+// How far logits are below a base, times the temperature
+template <bool kCapped>
+struct Below {
+  explicit Below(double) {}
+  void set_base(float x) { base = all(x), base_value = x; }
+  [[gnu::always_inline]] Floats operator()(Floats x) const { return x - base; }
+  Floats base;
+  double base_value;
+};
+// Capped ones too are not subtracted from each other, as all their digits may be the same: with e = e^(-2 x / softcap),
+// cap(x) = softcap (1 - e) / (1 + e), and cap(x) - cap(x') = 2 softcap (e' - e) / ((1 + e) (1 + e')).
+template <>
+struct Below<true> {
+  explicit Below(double softcap) : softcap(softcap), rate(all(float(-2 / (kLn2 * softcap)))) {}
+  [[gnu::always_inline]] Floats exponential(Floats x) const { return exp2_of(-larger(all(kLowest), -(x * rate))); }
+  void set_base(float x) {
+    base = exponential(all(x));
+    const double e = double(base[0]);
+    factor = all(float(2 * softcap / (1 + e))), base_value = softcap * (1 - e) / (1 + e);
+  }
+  [[gnu::always_inline]] Floats operator()(Floats x) const {
+    const Floats e = exponential(x), below = (base - e) * factor / (1.f + e);
+    return x == all(-float(kInfinity)) ? x : below;  // a masked entry stays masked
+  }
+  const double softcap;
+  const Floats rate;
+  Floats base, factor;
+  double base_value;
+};
+
 // One pass: the largest entry is not known before, so exponents are taken from an earlier run's largest. Where a run's
 // sums tell that one of its entries is far above, it is done once more.
 template <int kMode, bool kCapped, class T>
 class RowPart {
  public:
   explicit RowPart(const LogSoftmaxTask& t)
-      : cap_(t.softcap), rate_(all(float(1 / (kLn2 * t.temperature)))), inverse_(1 / t.temperature) {}
+      : below_(t.softcap), rate_(all(float(1 / (kLn2 * t.temperature)))), inverse_(1 / t.temperature) {}
 
   SoftmaxPart of(const T* x, int64_t n) {
     part_ = {-kInfinity, 0, 0, 0, 0};
-    base_ = -float(kInfinity);
+    has_base_ = false;
     const int64_t whole = n / kPair * kPair;
     int runs = 0;
-    for (int64_t b = 0; b < whole; b += kRun) {
-      visit(x + b, whole - b < kRun ? whole - b : kRun);
+    for (int64_t b = 0, size = kRow; b < whole; b += size, size = kRun) {  // the first run looks for a base
+      visit(x + b, whole - b < size ? whole - b : size);
       if (++runs % kRunsInFloat == 0) to_double();
     }
     if (whole < n) {
@@ -82,75 +100,80 @@ class RowPart {
   }
 
  private:
-  // The longest row of additions in float: that of a run, kRun / kPair, and then kRunsInFloat.
-  static constexpr int64_t kRun = 32 * kPair;
-  static constexpr int kRunsInFloat = 16;
+  // The longest row of additions in float: of a vector's sum over kRow entries, then of these, then of runs.
+  static constexpr int64_t kRow = 32 * kPair, kRun = 4 * kRow;
+  static constexpr int kRunsInFloat = 8;
   static constexpr float kFar = 1024;  // no sum of a lane reaches it unless an entry is above the base
 
-  Floats capped(Floats x) const {
-    Floats slope;
-    return kCapped ? cap_(x, slope) : x;
-  }
-
   void visit(const T* x, int64_t n) {
-    if (base_ == -float(kInfinity)) {
+    if (!has_base_) {
       const float top = top_of(x, n);
       if (top == -float(kInfinity)) {  // every entry is masked, or NaN
         for (int64_t i = 0; i < n; ++i)
           if (widen(x[i]) != widen(x[i])) part_.sum = __builtin_nan("");
         return;
       }
-      base_ = capped(all(top))[0];
+      has_base_ = true;
+      below_.set_base(top);
     }
     Sums s = run(x, n);
     if (top_lane(larger(s.sum, Floats{})) > kFar) {
       close();
-      base_ = capped(all(top_of(x, n)))[0];
+      below_.set_base(top_of(x, n));
       s = run(x, n);
     }
     sums_ += s;
   }
 
   Sums run(const T* x, int64_t n) const {
-    Sums a, b;
-    const Floats base = all(base_);
+    Sums all_rows;
+    for (int64_t row = 0; row < n; row += kRow) {
+      Sums a, b;
+      const int64_t end = n - row < kRow ? n : row + kRow;
 #pragma GCC unroll 2
-    for (int64_t i = 0; i < n; i += kPair) {
-      const Two v = load(x + i);
-      add<kMode>(a, (capped(v.a) - base) * rate_);
-      add<kMode>(b, (capped(v.b) - base) * rate_);
+      for (int64_t i = row; i < end; i += kPair) {
+        const Two v = load(x + i);
+        add(a, below_(v.a));
+        add(b, below_(v.b));
+      }
+      a += b, all_rows += a;
     }
-    a += b;
-    return a;
+    return all_rows;
+  }
+
+  [[gnu::always_inline]] void add(Sums& s, Floats d) const {
+    if constexpr (kMode > 0) d = larger(lowest_, d);  // 0 * -inf would be NaN
+    const Floats e = powers_(d, rate_);
+    s.sum += e;
+    if constexpr (kMode > 0) s.dot += e * d;
+    if constexpr (kMode > 1) {
+      const Floats square = e * e;
+      s.squares += square, s.cubes += square * e;
+    }
   }
 
   void to_double() {
     now_.sum += lanes_sum(sums_.sum);
-    if (kMode > 0) now_.dot += kLn2 * lanes_sum(sums_.dot);
+    if (kMode > 0) now_.dot += inverse_ * lanes_sum(sums_.dot);
     if (kMode > 1) now_.squares += lanes_sum(sums_.squares), now_.cubes += lanes_sum(sums_.cubes);
     sums_ = Sums();
   }
   void close() {  // what was summed on this base goes to part_
+    if (!has_base_) return;
     to_double();
-    now_.max = double(base_) * inverse_;
+    now_.max = below_.base_value * inverse_;
     part_ = merged(part_, now_);
     now_ = {};
   }
 
-  const Cap cap_;
-  const Floats rate_;
+  Below<kCapped> below_;
+  const Powers powers_{};
+  const Floats rate_, lowest_ = all(-200.f) / rate_;
   const double inverse_;
-  float base_ = 0;
+  bool has_base_ = false;
   Sums sums_;
   SoftmaxPart now_{}, part_{};
 };
-
-template <class T>
-double z_of(const LogSoftmaxTask& t, T x) {  // as the sums saw it
-  Floats slope;
-  const float y = t.softcap > 0 ? Cap(t.softcap)(all(widen(x)), slope)[0] : widen(x);
-  return double(y) / t.temperature;
-}
 
 // --- float64 logits ----------------------------------------------------------------------------------------------
 
@@ -187,11 +210,6 @@ class RowPart<kMode, kCapped, double> {
   const LogSoftmaxTask& t_;
 };
 
-double z_of(const LogSoftmaxTask& t, double x) {
-  double slope;
-  return capped(x, t.softcap, slope) / t.temperature;
-}
-
 // --- any logits --------------------------------------------------------------------------------------------------
 
 template <int kMode, bool kCapped, class T>
@@ -215,6 +233,11 @@ void parts_of(const LogSoftmaxTask& t, int64_t begin, int64_t end, SoftmaxPart* 
       parts[i] = merged(parts[i], kept_part.of(kept, n));
     }
   }
+}
+
+double z_of(const LogSoftmaxTask& t, double x) {
+  double slope;
+  return capped(x, t.softcap, slope) / t.temperature;
 }
 
 }  // namespace
@@ -249,7 +272,7 @@ void log_softmax_finish(const LogSoftmaxTask& t, int64_t begin, int64_t end, con
         const int64_t id = t.index[k];
         int64_t place = t.keep_ids ? t.keep_offsets[r] : 0;
         const bool absent = t.keep_ids && id >= 0 && !find(t.keep_ids, place, t.keep_offsets[r + 1], id);
-        const double logp = id < 0 ? 0 : ((absent ? -kInfinity : z_of(t, x[id])) - part.max) - log_sum;
+        const double logp = id < 0 ? 0 : ((absent ? -kInfinity : z_of(t, double(widen(x[id])))) - part.max) - log_sum;
         t.logp[k] = logp > 0 ? 0 : logp;
       }
     }

@@ -36,10 +36,11 @@ struct Inputs {
   Maybe keep_ids, keep_offsets;
   Shape rows_shape;
   int64_t rows = 1, cols, targets, kept = 0;
+  double temperature, softcap;
 
   Inputs(const Tensor& logits_in, const Tensor& index_in, const Maybe& ids, const Maybe& offsets, double temperature,
          double softcap)
-      : logits(logits_in), index(index_in) {
+      : logits(logits_in), index(index_in), temperature(temperature), softcap(softcap) {
     STD_TORCH_CHECK(logits.dim() >= 1, "selective_log_softmax: logits must have at least 1 dimension");
     STD_TORCH_CHECK(temperature > 0 && softcap >= 0,
                     "selective_log_softmax: temperature must be positive, softcap positive or 0");
@@ -55,6 +56,19 @@ struct Inputs {
     STD_TORCH_CHECK(offsets->numel() == rows + 1, "selective_log_softmax: keep_offsets must have ", rows + 1,
                     " entries, one more than rows of logits, got ", offsets->numel());
     kept = ids->numel();
+  }
+  LogSoftmaxInputs pointers() const {
+    return {logits.const_data_ptr(),
+            element(logits, "selective_log_softmax: logits"),
+            rows,
+            cols,
+            targets,
+            integers(index),
+            integers(keep_ids),
+            integers(keep_offsets),
+            kept,
+            temperature,
+            softcap};
   }
 };
 
@@ -74,23 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> selective_log_softmax(const T
   Tensor logp = output(true, in.targets), lse = output(true, -1), h = output(entropy, -1), p2 = output(moments, -1),
          p3 = output(moments, -1);
   const auto at = [](Tensor& x, bool wanted) { return wanted ? static_cast<double*>(x.mutable_data_ptr()) : nullptr; };
-  const LogSoftmaxTask task{in.logits.const_data_ptr(),
-                            element(in.logits, "selective_log_softmax: logits"),
-                            in.rows,
-                            in.cols,
-                            in.targets,
-                            integers(in.index),
-                            integers(in.keep_ids),
-                            integers(in.keep_offsets),
-                            in.kept,
-                            temperature,
-                            softcap,
-                            partial,
-                            at(logp, true),
-                            at(lse, true),
-                            at(h, entropy),
-                            at(p2, moments),
-                            at(p3, moments)};
+  const LogSoftmaxTask task{in.pointers(),  partial,         at(logp, true), at(lse, true),
+                            at(h, entropy), at(p2, moments), at(p3, moments)};
   if (in.rows > 0) {
     const Workspace memory(in.logits, backend::selective_log_softmax_workspace(task));
     backend::selective_log_softmax(task, memory.data(), scope.stream());
@@ -100,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> selective_log_softmax(const T
 
 // Writes the gradient over `out`, which may be in.logits.
 void backward(const Inputs& in, Tensor& out, const Tensor& lse, const Maybe& entropy, const Maybe& grad_logp,
-              const Maybe& grad_lse, const Maybe& grad_entropy, double temperature, double softcap, void* stream) {
+              const Maybe& grad_lse, const Maybe& grad_entropy, void* stream) {
   const auto take = [&](const Maybe& x, bool inner, const char* name) {
     return x ? Maybe(checked(*x, in.logits, in.rows_shape, inner, ScalarType::Double, name)) : x;
   };
@@ -110,23 +109,8 @@ void backward(const Inputs& in, Tensor& out, const Tensor& lse, const Maybe& ent
   STD_TORCH_CHECK(!g_logp || g_logp->size(-1) == in.targets,
                   "selective_log_softmax: grad_logp must have the shape of index");
   STD_TORCH_CHECK(!g_entropy || h, "selective_log_softmax: grad_entropy needs entropy");
-  const LogSoftmaxGradTask task{in.logits.const_data_ptr(),
-                                out.mutable_data_ptr(),
-                                element(in.logits, "selective_log_softmax: logits"),
-                                in.rows,
-                                in.cols,
-                                in.targets,
-                                integers(in.index),
-                                integers(in.keep_ids),
-                                integers(in.keep_offsets),
-                                in.kept,
-                                temperature,
-                                softcap,
-                                doubles(l),
-                                doubles(h),
-                                doubles(g_logp),
-                                doubles(g_lse),
-                                doubles(g_entropy)};
+  const LogSoftmaxGradTask task{in.pointers(),   out.mutable_data_ptr(), doubles(l),        doubles(h),
+                                doubles(g_logp), doubles(g_lse),         doubles(g_entropy)};
   if (in.rows == 0) return;
   const Workspace memory(in.logits, backend::selective_log_softmax_backward_workspace(task));
   backend::selective_log_softmax_backward(task, memory.data(), stream);
@@ -139,7 +123,7 @@ Tensor selective_log_softmax_backward(const Tensor& logits, const Tensor& index,
   const Scope scope(logits);
   const Inputs in(logits, index, keep_ids, keep_offsets, temperature, softcap);
   Tensor out = new_like(in.logits);
-  backward(in, out, lse, entropy, grad_logp, grad_lse, grad_entropy, temperature, softcap, scope.stream());
+  backward(in, out, lse, entropy, grad_logp, grad_lse, grad_entropy, scope.stream());
   return out;
 }
 
@@ -150,7 +134,7 @@ void selective_log_softmax_backward_(Tensor logits, const Tensor& index, const M
   STD_TORCH_CHECK(logits.is_contiguous(), "selective_log_softmax_backward_: logits must be contiguous");
   const Scope scope(logits);
   const Inputs in(logits, index, keep_ids, keep_offsets, temperature, softcap);
-  backward(in, logits, lse, entropy, grad_logp, grad_lse, grad_entropy, temperature, softcap, scope.stream());
+  backward(in, logits, lse, entropy, grad_logp, grad_lse, grad_entropy, scope.stream());
 }
 
 }  // namespace

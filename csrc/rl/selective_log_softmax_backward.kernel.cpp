@@ -4,31 +4,33 @@
 namespace gradops::GRADOPS_ISA {
 namespace {
 
-// p (slope + bend log p) dz/dx, with log p = z - lse; no digits are lost where logits are large
-template <bool kCapped>
+// p (slope + bend log p) dz/dx, with log p = z - lse = (cap(x) - base) / temperature - rest, so that no digits are lost
+// where logits are large. p = e^-rest e^(...), and the first factor goes into the others.
+template <bool kCapped, bool kBend>
 class GradFloats {
  public:
   GradFloats(const LogSoftmaxGradTask& t, double lse, double slope, double bend)
       : cap_(t.softcap),
         base_(all(float(lse * t.temperature))),
         rate_(all(float(1 / (kLn2 * t.temperature)))),
-        rest_(all(float((lse - double(base_[0]) / t.temperature) / kLn2))),
-        slope_(all(float(slope / t.temperature))),
-        bend_(all(float(bend * kLn2 / t.temperature))),
-        inverse_(float(1 / t.temperature)) {}
+        inverse_(1 / t.temperature) {
+    const double rest = lse - double(base_[0]) * inverse_, scale = (1 - rest) * inverse_;  // e^-rest: rest is tiny
+    slope_ = all(number(scale * (slope - rest * bend))), bend_ = all(number(scale * inverse_ * bend));
+  }
 
   [[gnu::always_inline]] Floats operator()(Floats x) const {
     Floats dy;
     if constexpr (kCapped) x = cap_(x, dy);
-    const Floats y = larger(all(kLowest), (x - base_) * rate_ - rest_);
-    const Floats g = (exp2_of(y) - kNothing) * (y * bend_ + slope_);
+    Floats d = x - base_;
+    if constexpr (kBend) d = larger(lowest_, d);  // 0 * -inf would be NaN
+    const Floats p = powers_(d, rate_), g = p * (kBend ? d * bend_ + slope_ : slope_);
     return kCapped ? g * dy : g;
   }
   float operator()(float x) const { return (*this)(all(x))[0]; }
   float dz(float x) const {
     Floats dy = all(1);
     if constexpr (kCapped) cap_(all(x), dy);
-    return inverse_ * dy[0];
+    return float(inverse_) * dy[0];
   }
   template <class T>
   void run(const T* x, T* y, int64_t n) const {
@@ -41,9 +43,12 @@ class GradFloats {
   }
 
  private:
+  static float number(double x) { return x != x ? __builtin_nanf("") : float(x); }  // as rounding to bfloat16 wants NaN
   const Cap cap_;
-  const Floats base_, rate_, rest_, slope_, bend_;
-  const float inverse_;
+  const Powers powers_{};
+  const Floats base_, rate_, lowest_ = all(-200.f) / rate_;
+  const double inverse_;
+  Floats slope_, bend_;
 };
 
 class GradDoubles {
@@ -142,7 +147,12 @@ void log_softmax_grad(const LogSoftmaxGradTask& t, int64_t begin, int64_t end) {
     if constexpr (sizeof(T) == 8)
       grads_of<GradDoubles, T>(t, begin, end);
     else
-      flushing_denormals([&] { grads_of<GradFloats<decltype(is_capped)::value>, T>(t, begin, end); });
+      flushing_denormals([&] {
+        constexpr bool kCapped = decltype(is_capped)::value;
+        const auto f =
+            t.grad_entropy ? grads_of<GradFloats<kCapped, true>, T> : grads_of<GradFloats<kCapped, false>, T>;
+        f(t, begin, end);
+      });
   });
 }
 

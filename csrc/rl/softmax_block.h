@@ -20,7 +20,7 @@ constexpr int kWide = kLanes<float>, kPair = 2 * kWide;
 [[gnu::always_inline]] inline Floats floats_of(Words bits) { return (Floats)bits; }
 [[gnu::always_inline]] inline Words words_of(Floats x) { return (Words)x; }
 
-// kPair numbers in two vectors. 16-bit ones come as the even and the odd ones, so that no lane moves.
+// kPair numbers in two vectors. Of bfloat16 the one has the even and the other the odd ones, so that no lane moves.
 struct Two {
   Floats a, b;
 };
@@ -39,34 +39,49 @@ typedef uint32_t LooseWords __attribute__((vector_size(kVectorBytes), may_alias,
   const Words w = *reinterpret_cast<const LooseWords*>(x);
   return {floats_of(w << 16), floats_of(w & 0xffff0000u)};
 }
-[[gnu::always_inline]] inline Words rounded_to_bf16(Floats x) {  // in the high halves
+// In the high halves. A NaN must not have ones in all of its low half, and those that bfloat16 numbers bring have none.
+[[gnu::always_inline]] inline Words rounded_to_bf16(Floats x) {
   const Words bits = words_of(x);
-  return x != x ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
+  return bits + (bits >> 16 & 1u) + 0x7fffu;
 }
 [[gnu::always_inline]] inline void store(Two v, Bf16* x) {
   *reinterpret_cast<LooseWords*>(x) = rounded_to_bf16(v.a) >> 16 | (rounded_to_bf16(v.b) & 0xffff0000u);
 }
 
-[[gnu::always_inline]] inline Floats widened_half(Words bits) {  // widen(F16), for vectors
-  const Floats magnitude = floats_of((bits & 0x7fffu) << 13) * 0x1p112f;
-  const Words inf_or_nan = Words(magnitude >= 65536.f) & 0x7f800000u;
-  return floats_of(words_of(magnitude) | inf_or_nan | (bits & 0x8000u) << 16);
-}
+// Of float16 the one vector has the first half of the numbers, where there are instructions for them.
+#if defined(__AVX512F__)
+typedef short Halves __attribute__((vector_size(32)));
+typedef short LooseHalves __attribute__((vector_size(32), may_alias, aligned(2)));
 [[gnu::always_inline]] inline Two load(const F16* x) {
-  const Words w = *reinterpret_cast<const LooseWords*>(x);
-  return {widened_half(w & 0xffffu), widened_half(w >> 16)};
-}
-[[gnu::always_inline]] inline Words narrowed_to_half(Floats x) {  // narrow(F16), for vectors
-  const Words bits = words_of(x), magnitude = bits & 0x7fffffffu;
-  const Words normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  const Words subnormal = words_of(floats_of(magnitude) + 0.5f) - bits_of(0.5f);
-  const Words small = magnitude < (113u << 23) ? subnormal : normal;
-  const Words finite = magnitude >= (143u << 23) ? Words{} + 0x7c00u : small;
-  return (bits >> 16 & 0x8000u) | (magnitude > 0x7f800000u ? Words{} + 0x7e00u : finite);
+  const Halves low = *reinterpret_cast<const LooseHalves*>(x), high = *reinterpret_cast<const LooseHalves*>(x + kWide);
+  return {__builtin_ia32_vcvtph2ps512_mask(low, Floats{}, 0xffff, 4),
+          __builtin_ia32_vcvtph2ps512_mask(high, Floats{}, 0xffff, 4)};
 }
 [[gnu::always_inline]] inline void store(Two v, F16* x) {
-  *reinterpret_cast<LooseWords*>(x) = narrowed_to_half(v.a) | narrowed_to_half(v.b) << 16;
+  *reinterpret_cast<LooseHalves*>(x) = __builtin_ia32_vcvtps2ph512_mask(v.a, 0, Halves{}, 0xffff);
+  *reinterpret_cast<LooseHalves*>(x + kWide) = __builtin_ia32_vcvtps2ph512_mask(v.b, 0, Halves{}, 0xffff);
 }
+#elif defined(__F16C__)
+typedef short Halves __attribute__((vector_size(16)));
+typedef short LooseHalves __attribute__((vector_size(16), may_alias, aligned(2)));
+[[gnu::always_inline]] inline Two load(const F16* x) {
+  const Halves low = *reinterpret_cast<const LooseHalves*>(x), high = *reinterpret_cast<const LooseHalves*>(x + kWide);
+  return {__builtin_ia32_vcvtph2ps256(low), __builtin_ia32_vcvtph2ps256(high)};
+}
+[[gnu::always_inline]] inline void store(Two v, F16* x) {
+  *reinterpret_cast<LooseHalves*>(x) = __builtin_ia32_vcvtps2ph256(v.a, 0);
+  *reinterpret_cast<LooseHalves*>(x + kWide) = __builtin_ia32_vcvtps2ph256(v.b, 0);
+}
+#else
+[[gnu::always_inline]] inline Two load(const F16* x) {
+  Two v;
+  for (int i = 0; i < kWide; ++i) v.a[i] = widen(x[i]), v.b[i] = widen(x[kWide + i]);
+  return v;
+}
+[[gnu::always_inline]] inline void store(Two v, F16* x) {
+  for (int i = 0; i < kWide; ++i) narrow(float(v.a[i]), x[i]), narrow(float(v.b[i]), x[kWide + i]);
+}
+#endif
 
 // x > than ? x : than, lane by lane. In so many words the compiler makes it a compare and a blend.
 [[gnu::always_inline]] inline Floats larger(Floats x, Floats than) {
@@ -115,6 +130,34 @@ constexpr float kNothing = 0x1p-124f;
   return floats_of(words_of(p) + (words_of(shifted) << 23));
 #endif
 }
+
+#if defined(__AVX512F__)
+alignas(64) constexpr float kPowers[32] = {
+    // 2^(i / 32)
+    0x1p+0f,        0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f, 0x1.2387a6p+0f,
+    0x1.29e9ep+0f,  0x1.306fep+0f,  0x1.371a74p+0f, 0x1.3dea64p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f,
+    0x1.5ab07ep+0f, 0x1.6247ecp+0f, 0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f,
+    0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f, 0x1.ae89fap+0f, 0x1.b7f77p+0f,  0x1.c199bep+0f, 0x1.cb720ep+0f,
+    0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f};
+#endif
+
+// 2^(d rate), exactly 1 at d = 0 and 0 far below.
+struct Powers {
+#if defined(__AVX512F__)
+  // 2^(n + r), n a multiple of 1 / 32: that of n's fraction from a table, and 1 + r q(r) with q of least relative error
+  // for |r| <= 1/64: 5e-8
+  const Floats low = vec_at(kPowers), high = vec_at(kPowers + kWide);
+  [[gnu::always_inline]] Floats operator()(Floats d, Floats rate) const {
+    const Floats big = all(0x1.8p18f);  // whose last bit is 1 / 32
+    const Floats shifted = d * rate + big, n = shifted - big, r = d * rate - n;
+    const Floats fraction = __builtin_ia32_vpermt2varps512_mask((Vec<int>)shifted, low, high, 0xffff);
+    const Floats p = (r * 0x1.ebfbep-3f + 0x1.62e584p-1f) * r + 1.f;
+    return __builtin_ia32_scalefps512_mask(fraction * p, n, Floats{}, 0xffff, 4);  // 0 at -inf, where p is NaN
+  }
+#else
+  [[gnu::always_inline]] Floats operator()(Floats d, Floats rate) const { return exp2_of(d * rate) - kNothing; }
+#endif
+};
 
 // softcap * tanh(x / softcap) and its derivative; a masked entry, -inf, stays masked.
 struct Cap {

@@ -19,7 +19,7 @@ def weight(x):
 
 def logprob(x):
     y = rl.linear_logprob(x, weight(x), targets(x)[..., None] % 3, x.flatten(0, -2)[:3, 0], temperature=0.8,
-                          return_=("logp", "lse", "entropy"), out_dtype=torch.float64, chunk_rows=4)
+                          return_=("logp", "lse", "entropy"), out_dtype=torch.float64, chunk_size=2)
     return y[0].squeeze(-1) + 0.3 * y[1] * y[1] + y[2]
 
 
@@ -30,13 +30,13 @@ def flat(x):
 
 def flat_backward(x):
     rows = x.flatten(0, -2)[:, 0].detach().double()
-    return (*flat(x), rows + 3, rows, rows[:, None], rows, rows, 0.8, 0.0, True, True, True, 4)
+    return (*flat(x), rows + 3, rows, rows[:, None], rows, rows, 0.8, 0.0, True, True, True, False, 2)
 
 
 # An enormous temperature makes the sampling policy uniform: else it depends on x, and derivatives must not see that.
 CALLS = {
     # Torch's own products: the bits are torch's.
-    "linear_logprob": Call(lambda x: (*flat(x), 0.8, 0.0, True, True, False, 4, False), logprob, derivatives=1,
+    "linear_logprob": Call(lambda x: (*flat(x), 0.8, 0.0, True, True, False, 2), logprob, derivatives=1,
                            own_bits=False),
     "linear_logprob_backward": Call(flat_backward, None, own_bits=False),
     "one_token_rollout": Call(

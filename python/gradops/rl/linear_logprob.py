@@ -1,4 +1,4 @@
-"""Log-probabilities from hidden states and the output layer, without the logits of all rows at once."""
+"""Log-probabilities from hidden states and the output layer, without all the logits at once."""
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,32 +9,32 @@ from torch.distributed import ProcessGroup
 
 from .._checks import check_device, check_floating, check_integers
 from .._op import _library, needs_derivative, primals, register
-from .linear_chunks import backward, default_rows, forward, tangents
+from .linear_chunks import backward, forward, tangents
 from .selective_log_softmax import OUTPUTS
 from .vocabulary_parallel import merge_shards
 
 _library.define("linear_logprob(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float temperature, "
-                "float softcap, bool entropy, bool moments, bool partial, int chunk_rows, bool fast) "
+                "float softcap, bool entropy, bool moments, bool partial, int chunk_size) "
                 "-> (Tensor logp, Tensor lse, Tensor entropy, Tensor sum_p2, Tensor sum_p3)")
 _library.define("linear_logprob_backward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor lse, "
                 "Tensor? entropy, Tensor grad_logp, Tensor grad_lse, Tensor? grad_entropy, float temperature, "
-                "float softcap, bool need_hidden, bool need_weight, bool need_bias, int chunk_rows) "
+                "float softcap, bool need_hidden, bool need_weight, bool need_bias, bool wide_weight, int chunk_size) "
                 "-> (Tensor, Tensor, Tensor)")
 torch.library.impl(_library, "linear_logprob", "CompositeExplicitAutograd")(forward)
 torch.library.impl(_library, "linear_logprob_backward", "CompositeExplicitAutograd")(backward)
 
 
-def _fake(hidden, weight, targets, bias, temperature, softcap, entropy, moments, partial, chunk_rows, fast):
+def _fake(hidden, weight, targets, bias, temperature, softcap, entropy, moments, partial, chunk_size):
     n = hidden.shape[0]
     shapes = (targets.shape, (n,), (n,) if entropy else (n, 0), *[(n,) if moments else (n, 0)] * 2)
     return tuple(hidden.new_empty(shape, dtype=torch.float64) for shape in shapes)
 
 
 def _fake_backward(hidden, weight, targets, bias, lse, entropy, grad_logp, grad_lse, grad_entropy, temperature, softcap,
-                   need_hidden, need_weight, need_bias, chunk_rows):
+                   need_hidden, need_weight, need_bias, wide_weight, chunk_size):
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return (hidden.new_empty(hidden.shape if need_hidden else (0,)),
-            weight.new_empty(weight.shape if need_weight else (0,), dtype=wide),
+            weight.new_empty(weight.shape if need_weight else (0,), dtype=wide if wide_weight else weight.dtype),
             weight.new_empty(weight.shape[:1] if need_bias else (0,), dtype=wide))
 
 
@@ -60,17 +60,18 @@ for _name in ("linear_logprob", "linear_logprob_backward"):
 @torch.compiler.allow_in_graph
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *,
                    temperature: float = 1.0, softcap: float | None = None, return_: Sequence[str] = ("logp",),
-                   out_dtype: torch.dtype = torch.float32, chunk_rows: int | None = None, fast: bool = False,
+                   out_dtype: torch.dtype = torch.float32, chunk_size: int = 4096,
                    group: ProcessGroup | None = None, vocab_start: int | None = None) -> Tensor | tuple[Tensor, ...]:
-    r"""Log-probabilities of tokens from hidden states, without ever holding the logits of all rows.
+    r"""Log-probabilities of tokens from hidden states, without ever holding all the logits.
 
     .. math::
         x = h W^\top + b, \quad z = \frac{c(x)}{T}, \quad p = \mathrm{softmax}(z), \qquad
         \mathrm{logp} = z_{target} - \mathrm{lse}
 
     with lse, entropy, sum_p2 and sum_p3, temperature T and softcap c as in :func:`selective_log_softmax`. The logits of
-    ``chunk_rows`` rows at a time are a product of torch's, which the kernels of :func:`selective_log_softmax` read
-    once. The backward pass makes them once more, and overwrites them by their gradient.
+    all rows for ``chunk_size`` tokens of the vocabulary at a time are a product, which the kernels of
+    :func:`selective_log_softmax` read once. The backward pass makes them once more, overwrites them by their gradient,
+    and has this part of the gradient of ``weight`` from one product.
 
     Args:
         hidden: ``(..., H)``; float64, float32, bfloat16 or float16. Not modified.
@@ -81,9 +82,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
         softcap: bounds the logits, as Gemma 2 does; before the temperature.
         return_: which results, and in which order: of "logp", "lse", "entropy", "sum_p2" and "sum_p3".
         out_dtype: of the results: float32 or float64.
-        chunk_rows: rows per product. None: 1024 on CUDA; on CPU H / 2, but at least 256 and at most 1024.
-        fast: for 16-bit input on CPU, let the forward pass round logits to 16 bits, as ``F.linear`` does; its product
-            then takes about half the time there.
+        chunk_size: tokens of the vocabulary whose logits are in memory at a time.
         group: a process group over whose ranks the vocabulary is cut, each holding consecutive rows of ``weight`` (and
             of ``bias``) in the order of ranks, and all the same ``hidden`` and ``targets``; all get the same results.
         vocab_start: the first of this rank's rows; None: rank times V, for equal parts.
@@ -98,18 +97,17 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
             no rank), which on CUDA gets logp = NaN.
         RuntimeError: a second derivative is asked for.
 
-    Products of float32 input are in float32 (on CUDA as torch's settings say), those of 16-bit input are exact with
+    Products of float32 input are in float32 (as torch's settings say), those of 16-bit input are exact with
     sums in float32. Logits are float32, also for 16-bit input: logp is then as accurate as the input allows, about
-    1e-5, where 16-bit logits cost up to 0.1. On CPU the backward pass rounds to 16 bits the logits, after the row's lse
-    has been taken away (without a softcap), which costs an entry of p the factor 1 + 2^-8 log p at most, and each
-    chunk's part of the gradient of ``weight``. Those are summed in float32 over all chunks, and rounded once; with
-    ``weight.grad_dtype = torch.float32`` not even that.
+    1e-5, where 16-bit logits cost up to 0.1. Their gradient is rounded to the dtype of the input for the products of
+    the backward pass, whose sums are float32; the gradients are rounded once, and with
+    ``weight.grad_dtype = torch.float32`` that of the weight not even that.
 
     First derivatives, reverse and forward mode: of logp, lse and entropy; those of the moments in forward mode only.
-    The bits of a row are those of torch's product, which may depend on ``chunk_rows``; from the logits on they do not.
+    The bits of a row are those of the product (of float32 and float64 input, and on CUDA, torch's), and depend on
+    ``chunk_size``.
 
-    Operations: 2 N H V forward, 6 N H V backward. Memory: ``chunk_rows`` x V logits, and the gradient of ``weight`` in
-    float32.
+    Operations: 2 N H V forward, 6 N H V backward. Memory: N x ``chunk_size`` logits in float32 beside the gradients.
 
     Merging parts of the vocabulary: :math:`\mathrm{lse} = \log \sum_k e^{\mathrm{lse}_k}`, with
     :math:`w_k = e^{\mathrm{lse}_k - \mathrm{lse}}` the entropy :math:`\sum_k w_k (H_k - \log w_k)` and
@@ -123,7 +121,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
         >>> linear_logprob(hidden, weight, torch.tensor([2, 1]), return_=("logp", "entropy"))
         (tensor([-0.4076, -0.2395]), tensor([0.8324, 0.6656]))
     """
-    _check(hidden, weight, targets, bias, temperature, softcap, return_, out_dtype, chunk_rows)
+    _check(hidden, weight, targets, bias, temperature, softcap, return_, out_dtype, chunk_size)
     single = targets.dim() == hidden.dim() - 1
     rows = hidden.shape[:-1]
     n = math.prod(rows)  # numel() would fix a dynamic size
@@ -134,7 +132,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
         at = torch.where((at < 0) | (at >= weight.shape[0]), -1, at)
     args = (hidden.reshape(n, hidden.shape[-1]), weight, at, bias, float(temperature), float(softcap or 0),
             "entropy" in return_, "sum_p2" in return_ or "sum_p3" in return_,
-            int(chunk_rows or default_rows(hidden)), bool(fast), group)
+            int(chunk_size), group)
     wanted = needs_derivative(hidden, weight, *([] if bias is None else [bias]))
     results = dict(zip(OUTPUTS, (_LinearLogprob.apply if wanted else _forward)(*args), strict=True))
     out = tuple(results[name].reshape(targets.shape if name == "logp" else rows).to(out_dtype) for name in return_)
@@ -142,7 +140,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
 
 
 def _check(hidden: Any, weight: Any, targets: Any, bias: Any, temperature: float, softcap: float | None,
-           return_: Sequence[str], out_dtype: torch.dtype, chunk_rows: Any) -> None:
+           return_: Sequence[str], out_dtype: torch.dtype, chunk_size: Any) -> None:
     check_floating(hidden, "hidden")
     if hidden.dim() < 1:
         raise ValueError("hidden must have at least 1 dimension (..., H), got shape ()")
@@ -173,13 +171,12 @@ def _check(hidden: Any, weight: Any, targets: Any, bias: Any, temperature: float
         raise ValueError(f"return_ must be a sequence of names out of {', '.join(OUTPUTS)}, got {return_!r}")
     if out_dtype not in (torch.float32, torch.float64):
         raise TypeError(f"out_dtype must be torch.float32 or torch.float64, got {out_dtype}")
-    if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
-        raise ValueError(f"chunk_rows must be a positive int, or None, got {chunk_rows!r}")
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive int, got {chunk_size!r}")
 
 
-def _forward(hidden, weight, targets, bias, temperature, softcap, entropy, moments, chunk_rows, fast, group):
-    out = _op(hidden, weight, targets, bias, temperature, softcap, entropy, moments, group is not None, chunk_rows,
-              fast)
+def _forward(hidden, weight, targets, bias, temperature, softcap, entropy, moments, chunk_size, group):
+    out = _op(hidden, weight, targets, bias, temperature, softcap, entropy, moments, group is not None, chunk_size)
     return out if group is None else merge_shards(out, targets, group)
 
 
@@ -195,6 +192,7 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, targets, bias, *ctx.settings = inputs
         ctx.set_materialize_grads(False)
         ctx.bias = bias is not None
+        ctx.wide_weight = weight.is_leaf and getattr(weight, "grad_dtype", None) == torch.float32
         more = (bias,) if ctx.bias else ()
         ctx.save_for_backward(hidden, weight, targets, *output[:3], *more)
         ctx.save_for_forward(hidden, weight, targets, *output[:3], *more)
@@ -202,7 +200,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_logp, g_lse, g_entropy, g_p2, g_p3):
         hidden, weight, targets, logp, lse, entropy, *bias = ctx.saved_tensors
-        temperature, softcap, with_entropy, moments, chunk_rows, _, group = ctx.settings
+        temperature, softcap, with_entropy, moments, chunk_size, group = ctx.settings
         if moments and (g_p2 is not None or g_p3 is not None):
             raise RuntimeError("linear_logprob: sum_p2 and sum_p3 have no derivative in reverse mode; detach them")
         g_logp = torch.zeros_like(logp) if g_logp is None else g_logp
@@ -213,22 +211,22 @@ class _LinearLogprob(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.bias and ctx.needs_input_grad[3])
         d_hidden, d_weight, d_bias = _Gradient.apply(
             hidden, weight, targets, bias[0] if bias else None, lse, entropy if with_entropy else None, *grads,
-            temperature, softcap, *needs, chunk_rows)
+            temperature, softcap, *needs, ctx.wide_weight, chunk_size)
         if group is not None and needs[0]:
             whole = d_hidden.to(torch.promote_types(d_hidden.dtype, torch.float32))
             torch.distributed.all_reduce(whole, group=group)
             d_hidden = whole.to(d_hidden.dtype)
         return (d_hidden if needs[0] else None, d_weight if needs[1] else None, None, d_bias if needs[2] else None,
-                *[None] * 7)
+                *[None] * 6)
 
     @staticmethod
     def jvp(ctx: Any, t_hidden, t_weight, _targets, t_bias, *_):
         hidden, weight, targets, _logp, _lse, _entropy, *bias = primals(ctx.saved_tensors)
-        temperature, softcap, with_entropy, moments, chunk_rows, _, group = ctx.settings
+        temperature, softcap, with_entropy, moments, _, group = ctx.settings
         if group is not None:
             raise RuntimeError("linear_logprob has no forward-mode derivative with a group")
         return tangents(hidden, weight, targets, bias[0] if bias else None, (t_hidden, t_weight, t_bias), temperature,
-                        softcap, with_entropy, moments, chunk_rows)
+                        softcap, with_entropy, moments)
 
 
 class _Gradient(torch.autograd.Function):

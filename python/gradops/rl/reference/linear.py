@@ -9,7 +9,7 @@ from .logp import selective_log_softmax
 
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *,
                    temperature: float = 1.0, softcap: float | None = None, return_: Sequence[str] = ("logp",),
-                   out_dtype: torch.dtype = torch.float32, chunk_rows: int | None = None, fast: bool = False,
+                   out_dtype: torch.dtype = torch.float32, chunk_size: int = 4096,
                    ) -> Tensor | tuple[Tensor, ...]:
     """In the dtype of hidden, but for the last step; whole, and without a group."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
