@@ -39,7 +39,7 @@ struct SoftmaxPart {
 
 constexpr int64_t kSoftmaxChunk = 32768;  // entries of a row in one part; fixed, so that threads change no bits
 template <class Task>
-int64_t softmax_chunks(const Task& t) {  // parts of a row
+[[gnu::always_inline]] inline int64_t softmax_chunks(const Task& t) {  // parts of a row
   return t.keep_ids ? 1 : (t.cols + kSoftmaxChunk - 1) / kSoftmaxChunk;
 }
 
