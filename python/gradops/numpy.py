@@ -179,5 +179,6 @@ def _by_svd(J: Array, r: Array, k: int | None, rtol: float) -> Array:
     finite = np.isfinite(J).all((-2, -1))[..., None]
     triangle = np.linalg.qr(np.swapaxes(np.where(finite[..., None], J, 0).astype(np.float64), -1, -2), mode="r")
     _, sigma, vh = np.linalg.svd(triangle, full_matrices=False)
-    _, factor, _ = factors(np, sigma**2, np.arange(sigma.shape[-1]), -1 if k is None else k, rtol, 0.0, "hard", 0.0, 1.0)
+    index = np.arange(sigma.shape[-1])
+    _, factor, _ = factors(np, sigma**2, index, -1 if k is None else k, rtol, 0.0, "hard", 0.0, 1.0)
     return np.where(finite, _times(np.swapaxes(vh, -1, -2), factor * _times(vh, r)), np.nan)
