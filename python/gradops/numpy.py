@@ -124,7 +124,7 @@ def spectral_solve(G: Array, r: Array, *, k: int | None = None, rtol: float = 1e
     check_filter(k, rtol, atol, filter, damping, power)
     if G.size == 0:
         return np.zeros(r.shape), np.zeros(r.shape), np.zeros(r.shape[:-1], np.int64)
-    finite = np.isfinite(G).all((-2, -1)) & np.isfinite(r).all(-1)
+    finite: Any = np.isfinite(G).all((-2, -1)) & np.isfinite(r).all(-1)
     values, q = np.linalg.eigh(np.where(finite[..., None, None], G, 0))
     index = np.arange(G.shape[-1])
     with np.errstate(over="ignore"):
@@ -176,9 +176,9 @@ def _apply(J: Array, w: Array) -> Array:
 
 def _by_svd(J: Array, r: Array, k: int | None, rtol: float) -> Array:
     """w, through the triangular factor of J^T."""
-    finite = np.isfinite(J).all((-2, -1))[..., None]
-    triangle = np.linalg.qr(np.swapaxes(np.where(finite[..., None], J, 0).astype(np.float64), -1, -2), mode="r")
+    bad: Any = ~np.isfinite(J).all((-2, -1))
+    triangle = np.linalg.qr(np.swapaxes(np.where(bad[..., None, None], 0, J).astype(np.float64), -1, -2), mode="r")
     _, sigma, vh = np.linalg.svd(triangle, full_matrices=False)
     index = np.arange(sigma.shape[-1])
     _, factor, _ = factors(np, sigma**2, index, -1 if k is None else k, rtol, 0.0, "hard", 0.0, 1.0)
-    return np.where(finite, _times(np.swapaxes(vh, -1, -2), factor * _times(vh, r)), np.nan)
+    return np.where(bad[..., None], np.nan, _times(np.swapaxes(vh, -1, -2), factor * _times(vh, r)))

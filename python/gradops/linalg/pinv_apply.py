@@ -77,7 +77,7 @@ def pinv_apply(J: Blocks, r: Tensor, *, k: int | None = None, rtol: float = 1e-3
         out = _tall(blocks, r, k, rtol)
     elif method == "gram":
         out = jt_apply(blocks, spectral_solve(gram(blocks), r, k=k, rtol=rtol, atol=0.0)[0])
-    elif method == "randomized":
+    elif method == "randomized" and k is not None:
         out = jt_apply(blocks, _randomized(blocks, r, k, rtol))
     else:
         out = jt_apply(blocks, _by_svd(_triangle(blocks) if method == "qr" else torch.cat(blocks, -1).double().mT,
