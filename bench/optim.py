@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from gradops import optim
 
 from .harness import Case, Settings
-from .linalg import torch_polar
+from .linalg.polar import torch_polar
 
 # A decoder of width 256 with 4 layers: query, key, value and output, then the two of its MLP.
 TRANSFORMER = [(256, 256)] * 16 + [(1024, 256)] * 4 + [(256, 1024)] * 4
