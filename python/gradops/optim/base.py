@@ -9,9 +9,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from .layouts import check_layout, check_shape, from_matrices, to_matrices
+from .resume import ResumingOptimizer
 
 # A batch is copied together before its kernel call; this bounds the copy (512 MiB in float32). Matrices large enough
 # to reach it fill the machine one by one.
@@ -27,7 +28,7 @@ class _Item(NamedTuple):
     group: dict[str, Any]
 
 
-class MatrixOptimizer(Optimizer):
+class MatrixOptimizer(ResumingOptimizer):
     r"""Base: :math:`p \leftarrow (1 - \eta\lambda)\, p - \eta\, \Delta(M)`, with :math:`\Delta` given by a subclass.
 
     A subclass defines `_kernel`, and `_check` for settings of its own. Its `__init__` names every setting of a
@@ -115,32 +116,6 @@ class MatrixOptimizer(Optimizer):
         for group in self.param_groups:
             for name, value in self._rule(group)._defaults.items():
                 group.setdefault(name, self.defaults.get(name, value))
-
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, except that the state keeps its own dtype and is copied, not shared.
-
-        torch casts floating-point state to the parameter's dtype, which would round float32 momentum of bfloat16
-        parameters at every resume.
-        """
-        final: dict[str, Any] = {}
-
-        def restore(optimizer: Optimizer) -> None:
-            ids = [i for group in final["param_groups"] for i in group["params"]]
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            for i, p in zip(ids, params, strict=True):
-                for key, value in final["state"].get(i, {}).items():
-                    if isinstance(value, Tensor):
-                        optimizer.state[p][key] = value.to(device=p.device, copy=True)
-
-        # Our hooks run after the caller's pre-hooks and before their post-hooks.
-        before = self.register_load_state_dict_pre_hook(lambda _, sd: final.update(sd))
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
 
     # The step.
 
