@@ -7,7 +7,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz  # the loop that torch
 
 from gradops import linalg
 
-from .harness import Case, Settings, relative_error
+from ..harness import Case, Settings, relative_error
 
 SIMPLE = (3.4445, -4.7750, 2.0315)
 SHAPES = [(64, 32, 32), (64, 64, 64), (32, 128, 128), (16, 256, 256), (8, 128, 1024), (4, 256, 1024), (1024, 1024)]

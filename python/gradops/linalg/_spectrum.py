@@ -1,0 +1,41 @@
+"""What is made of each eigenvalue of a Gram matrix; the same for tensors and for NumPy's arrays."""
+from typing import Any
+
+FILTERS = ("hard", "tikhonov", "smooth")
+
+
+def check_filter(k: int | None, rtol: float, atol: float, filter: str, damping: float, power: float) -> None:
+    if k is not None and (not isinstance(k, int) or k < 0):
+        raise ValueError(f"k must be None or an integer >= 0, got {k!r}")
+    if not 0 <= rtol < 1:
+        raise ValueError(f"rtol must be in [0, 1), got {rtol}")
+    for name, value in (("atol", atol), ("damping", damping), ("power", power)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if filter not in FILTERS:
+        raise ValueError(f"filter must be one of {', '.join(map(repr, FILTERS))}, got {filter!r}")
+
+
+def factors(xp: Any, values: Any, index: Any, k: int, rtol: float, atol: float, filter: str, damping: float,
+            power: float) -> tuple[Any, Any, Any]:
+    """Square roots, factors and which ones count as kept, of eigenvalues >= 0 in falling order.
+
+    xp: torch or numpy. index: 0, 1, ... along the last dimension. k: -1 for all.
+    """
+    sigma = xp.sqrt(values)
+    inside = index < k if k >= 0 else index >= 0
+    positive = values > 0
+    safe = xp.where(positive, values, 1.0)
+    kept = inside & positive
+    if filter == "tikhonov":
+        weight = inside * 1.0
+    else:
+        above = kept & (sigma > atol)
+        kept = above & (sigma > rtol * sigma[..., :1])
+        weight = kept * 1.0
+        if filter == "smooth":
+            weight = xp.where(above, 1 / (1 + (rtol**2 * values[..., :1] / safe) ** 6), 0.0)
+    if power != 1:
+        weight = weight * xp.where(positive, safe ** ((1 - power) / 2), 0.0)
+    damped = values + damping
+    return sigma, xp.where(damped > 0, weight / xp.where(damped > 0, damped, 1.0), 0.0), kept
