@@ -195,7 +195,7 @@ def _apply(items: list[_Item], directions: list[Tensor]) -> None:
     for _, run in groupby(zip(items, directions, strict=True), key=lambda pair: id(pair[0].group)):
         run_items, run_directions = map(list, zip(*run, strict=True))
         group = run_items[0].group
-        lr, decay = _scalar(group["lr"]), _scalar(group["weight_decay"])
+        lr, decay = scalar(group["lr"]), scalar(group["weight_decay"])
         params = [item.param for item in run_items]
         wide = [p.to(d.dtype) for p, d in zip(params, run_directions, strict=True)]  # p itself if equal
         if isinstance(lr, Tensor) or isinstance(decay, Tensor) or decay != 0:
@@ -217,7 +217,7 @@ def _step_unless(found_inf: Tensor, rule: type[MatrixOptimizer], items: list[_It
         t.copy_(torch.where(found_inf.to(t.device, non_blocking=True) != 0, old, t))
 
 
-def _scalar(x: Any) -> Any:
+def scalar(x: Any) -> Any:
     return x.reshape(()) if isinstance(x, Tensor) else x
 
 
@@ -244,21 +244,27 @@ def _name(group: dict[str, Any], i: int) -> str:
     return f"parameter {names[i]!r}" if names else f"parameter {i} of its group"
 
 
+def check_scalar(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got a tensor of shape {tuple(value.shape)}")
+    elif not value >= 0:
+        raise ValueError(f"{name} must be >= 0, got {value!r}")
+
+
+def check_state_dtype(dtype: Any) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"state_dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+
+
 def _check_common(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay"):
-        value = group[name]
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"{name} must have one element, got a tensor of shape {tuple(value.shape)}")
-        elif not value >= 0:
-            raise ValueError(f"{name} must be >= 0, got {value!r}")
+        check_scalar(name, group[name])
     if "momentum" in group and not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum must be in [0, 1), got {group['momentum']!r}")
     if "eps" in group and not group["eps"] >= 0:
         raise ValueError(f"eps must be >= 0, got {group['eps']!r}")
-    dtype = group["state_dtype"]
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"state_dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+    check_state_dtype(group["state_dtype"])
     if group.get("precision") not in (None, "highest", "high", "medium"):
         raise ValueError(f"precision must be None, 'highest', 'high' or 'medium', got {group['precision']!r}")
     if "layout" in group:

@@ -5,6 +5,7 @@ and output gradients g are stored rows first. With J the columns of M that belon
 
     gram_(out)        out += J J^T
     jvp(V)            J V, float64
+    prepare(targets)  what must be computed for it before any parameter changes
     vjp_(targets)     target += J^T w, with a target and a w for each parameter
 
 `Use` itself does that by the per-sample gradients, a bounded number at a time; layers have better ways.
@@ -57,6 +58,9 @@ class Use:
             parts.append(sum((b.to(v.dtype) @ v).double() for b, v in zip(block, flat, strict=True)))
         return torch.cat(parts)
 
+    def prepare(self, targets: Targets) -> None:
+        pass
+
     def vjp_(self, targets: Targets) -> None:
         for begin, end in self._ranges():
             for p, block in zip(self.params, self._block(begin, end), strict=True):
@@ -105,6 +109,10 @@ class Shared(Use):
     def jvp(self, directions: Sequence[Tensor]) -> Tensor:
         of = dict(zip(self.params, directions, strict=True))
         return torch.stack([use.jvp([of[p] for p in use.params]) for use in self.uses]).sum(0)
+
+    def prepare(self, targets: Targets) -> None:
+        for use in self.uses:
+            use.prepare(targets)
 
     def vjp_(self, targets: Targets) -> None:
         for use in self.uses:
@@ -252,5 +260,6 @@ class AffineUse(Use):
 
     def sample_grads(self, begin: int, end: int) -> list[Tensor]:
         g = self.g[begin:end].double()
-        grads = [(self.x[begin:end] * g).sum(1)] if self.weight is not None else []
-        return grads + ([g.sum(1)] if self.bias is not None else [])
+        sums = [(self.x[begin:end] * g).sum(1)] if self.weight is not None else []
+        sums += [g.sum(1)] if self.bias is not None else []
+        return [s.view(-1, *p.shape) for s, p in zip(sums, self.params, strict=True)]
