@@ -15,6 +15,8 @@ CALLS = {
     "row_norm": Call(lambda x: (x, 1e-8, True), lambda x: linalg.row_norm(x, center=True)),
     "nuclear_scale": Call(lambda x: (x, x + 1), lambda x: linalg.nuclear_scale(x, x + 1)),
     "newton_schulz": Call(lambda x: (x, COEFFICIENTS, True, 0), lambda x: linalg.newton_schulz(x, 3)),
+    "gram": Call(lambda x: (x, True), lambda x: linalg.gram(x)),
+    "jt_apply": Call(lambda x: (x, x[..., 0].double()), lambda x: linalg.jt_apply(x, x[..., 0])),
     # These orchestrate torch's own ops: their bits are torch's.
     "polar": Call(lambda x: (x, "right", "auto", True, "highest"), lambda x: linalg.polar(x)[0], own_bits=False),
     "inv_sqrt": Call(lambda x: (spd(x), 0.0), lambda x: linalg.inv_sqrt(spd(x)), own_bits=False),

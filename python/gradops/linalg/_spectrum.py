@@ -4,7 +4,8 @@ from typing import Any
 FILTERS = ("hard", "tikhonov", "smooth")
 
 
-def check_filter(k: int | None, rtol: float, atol: float, filter: str, damping: float, power: float) -> None:
+def check_filter(k: int | None, rtol: float, atol: float = 0.0, filter: str = "hard", damping: float = 0.0,
+                 power: float = 1.0) -> None:
     if k is not None and (not isinstance(k, int) or k < 0):
         raise ValueError(f"k must be None or an integer >= 0, got {k!r}")
     if not 0 <= rtol < 1:
@@ -39,3 +40,9 @@ def factors(xp: Any, values: Any, index: Any, k: int, rtol: float, atol: float, 
         weight = weight * xp.where(positive, safe ** ((1 - power) / 2), 0.0)
     damped = values + damping
     return sigma, xp.where(damped > 0, weight / xp.where(damped > 0, damped, 1.0), 0.0), kept
+
+
+def gram_suffices(rtol: float, double: bool) -> bool:
+    """Whether the Gram matrix in float64 shows singular values down to rtol of the largest as well as pinv_apply
+    promises: squared, they are known to about 1e-16 of the largest squared, so the update to 1e-16 / rtol^2."""
+    return rtol >= (1e-3 if double else 1e-7)

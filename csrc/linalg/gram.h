@@ -1,0 +1,48 @@
+// gram: G = J J^T for a batch of matrices with few rows and many columns, exactly symmetric; sums in double
+// (`wide`) or float. Torch-free interface.
+//
+// The columns are cut into slices and the rows into groups, by the shape alone; the sums over the slices are added
+// in order. So no bit depends on the number of threads.
+#pragma once
+#include <cstdint>
+
+#include "common/element.h"
+#include "common/isa.h"
+
+namespace gradops {
+
+struct GramTask {  // batch of contiguous rows x cols matrices
+  const void* j;
+  void* g;  // batch x rows x rows, double if wide, else float
+  Element element;
+  int64_t batch, rows, cols;
+  bool wide;
+};
+
+// One group of rows times another, or itself, over columns [begin, end) of one matrix.
+struct GramPiece {
+  const void* j;
+  Element element;
+  bool wide;
+  int64_t cols;
+  int64_t row, rows, other, others;  // the groups: first row and count; other <= row
+  int64_t begin, end;
+};
+struct GramSpace {
+  int64_t sum, packed;  // bytes
+};
+GRADOPS_DECLARE(GramSpace, gram_space, int64_t rows, int64_t others, bool wide)
+GRADOPS_DECLARE(void, gram_sum, const GramPiece&, void* sum, void* packed)
+// g <- the sum of `slices` sums, `stride` bytes apart, and its mirror image. g: the whole matrix, size x size.
+GRADOPS_DECLARE(void, gram_write, const GramPiece&, const void* sums, int64_t slices, int64_t stride, void* g,
+                int64_t size)
+
+namespace cpu {
+void gram(const GramTask&, void* workspace, void* = nullptr);
+int64_t gram_workspace(const GramTask&);  // bytes
+}  // namespace cpu
+namespace cuda {
+void gram(const GramTask&, void* workspace, void* stream);
+int64_t gram_workspace(const GramTask&);
+}  // namespace cuda
+}  // namespace gradops
