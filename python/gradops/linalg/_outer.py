@@ -8,8 +8,9 @@ from torch import Tensor
 from .._checks import check_device, check_floating
 from .gram import gram
 
-# Temporaries of one product are cut to about this many bytes.
-MAX_BYTES = 2**26
+# Temporaries of one product are cut to about this many bytes; those of token pairs, which are small products that are
+# read again and again, to what a cache holds.
+MAX_BYTES, PAIR_BYTES = 2**26, 2**21
 # Samples begin to end, as (tokens of all of them, features) in float64.
 Tokens = Callable[[int, int], Tensor]
 
@@ -27,17 +28,17 @@ def add_pairs(out: Tensor, tokens: int, xs: Tokens, gs: Tokens, bias: bool,
               inner: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
     """The second form, for one square of samples after the other. `inner` stands for the products of the x."""
     samples = out.shape[0]
-    step = max(1, isqrt(MAX_BYTES // 8) // max(1, tokens))
+    step = max(1, isqrt(PAIR_BYTES // 8) // max(1, tokens))
     for i in range(0, samples, step):
         end = min(i + step, samples)
         xi, gi = xs(i, end), gs(i, end)
         for j in range(0, i + 1, step):
             last = min(j + step, samples)
             xj, gj = (xi, gi) if i == j else (xs(j, last), gs(j, last))
-            product = inner(xi, xj) if inner else xi @ xj.mT
+            product = inner(xi, xj) if inner else _product(xi, xj)
             if bias:
                 product += 1
-            product *= gi @ gj.mT
+            product *= _product(gi, gj)
             square = product.view(end - i, tokens, last - j, tokens).sum((1, 3))
             if i == j:
                 square = square.tril() + square.tril(-1).mT  # the sums above the diagonal run in another order
@@ -45,6 +46,10 @@ def add_pairs(out: Tensor, tokens: int, xs: Tokens, gs: Tokens, bias: bool,
             if i != j:
                 out[j:last, i:end] += square.mT
     return out
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return gram(a) if a is b else a @ b.mT
 
 
 def add_blocks(out: Tensor, x: Tensor, g: Tensor) -> None:
