@@ -57,7 +57,7 @@ def add_blocks(out: Tensor, x: Tensor, g: Tensor) -> None:
     samples, tokens, d = x.shape
     p = g.shape[2]
     room = MAX_BYTES // 8 // max(1, samples)
-    rows = min(p, max(1, room // max(1, tokens), isqrt(room)))
+    rows = max(1, min(p, room // max(1, tokens), isqrt(room)))
     columns = max(1, min(d, room // max(1, rows, tokens)))
     for r in range(0, p, rows):
         part = g[:, :, r:r + rows].mT.double()

@@ -62,7 +62,8 @@ class ModuleUse(Use):
             return [o.squeeze(d) for o, d in zip(outs, self.out_dims, strict=True)], [sums[n] for n in self.named]
 
         vectorized = torch.vmap(one, (self.in_dims, self.out_dims), (self.out_dims, 0), randomness="different")
-        with sdpa_kernel(SDPBackend.MATH):  # the others are not vectorized, but looped over
+        # What torch has no vectorized form of, it loops over: fused attention, oneDNN's recurrent layers.
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
             return vectorized(inputs, grads)  # type: ignore[no-any-return]
 
     def _one_by_one(self, inputs: list[Any], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
