@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from gradops import linalg
 from gradops.optim import Sven, capture, per_sample_gram, uses
@@ -110,7 +111,7 @@ MODELS = {
     "tied": (Tied(), integers(6, 5)),
     "own": (Own(), randn(6, 5, 4)),
     "images": (Images(), randn(6, 3, 2, 4, 4)),
-    "weight norm": (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Linear(3, 2)), randn(6, 4)),
+    "weight norm": (nn.Sequential(weight_norm(nn.Linear(4, 3)), nn.Linear(3, 2)), randn(6, 4)),
 }  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def gram_conv2d(x: Tensor, g: Tensor, kernel_size: Pair, *, stride: Pair = 1, pa
         return F.unfold(part.double(), kernel, dilations, pads, strides)
 
     tokens = images * places
-    if groups == 1 and (mode == "pairs" or mode == "auto" and pairs_pay(samples, tokens, channels * area, p)):
+    if groups == 1 and (mode == "pairs" or (mode == "auto" and pairs_pay(samples, tokens, channels * area, p))):
         return add_pairs(out, tokens, lambda i, j: patches(x[i:j].flatten(0, 1)).mT.flatten(0, 1),
                          lambda i, j: g[i:j].flatten(3).mT.double().reshape(-1, p), bias)
     inner, outer = channels // groups, p // groups
@@ -143,7 +143,7 @@ def gram_embedding(indices: Tensor, g: Tensor, num_embeddings: int, *, padding_i
         g = torch.where((indices == padding_idx)[..., None], 0, g)
     tokens, d = g.shape[1:]
     rows = min(num_embeddings, samples * tokens)
-    if mode == "pairs" or mode == "auto" and tokens**2 < rows:
+    if mode == "pairs" or (mode == "auto" and tokens**2 < rows):
         return add_pairs(out, tokens, lambda i, j: indices[i:j].flatten(), lambda i, j: g[i:j].flatten(0, 1).double(),
                          False, lambda a, b: (a[:, None] == b).double())
     if rows < num_embeddings:  # their ranks will do

@@ -59,7 +59,7 @@ def gram_outer(x: Tensor, g: Tensor, *, bias: bool = True, mode: str = "auto", o
         return add_product(out, gram(x), gram(g), bias)
     x, g = (t if t.dim() == 3 else t[:, None] for t in (x, g))
     tokens, d, p = x.shape[1], x.shape[2], g.shape[2]
-    if mode == "pairs" or mode == "auto" and pairs_pay(samples, tokens, d, p):
+    if mode == "pairs" or (mode == "auto" and pairs_pay(samples, tokens, d, p)):
         return add_pairs(out, tokens, lambda i, j: x[i:j].flatten(0, 1).double(),
                          lambda i, j: g[i:j].flatten(0, 1).double(), bias)
     add_blocks(out, x, g)

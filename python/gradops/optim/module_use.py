@@ -57,11 +57,12 @@ class ModuleUse(Use):
     def _at_once(self, inputs: list[Any], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         def one(leaves: list[Any], grads: list[Tensor]) -> Any:
             leaves = [t if d is None else t.unsqueeze(d) for t, d in zip(leaves, self.in_dims, strict=True)]
-            outs, back = vjp(lambda params: self._outputs(params, leaves), self.named)
+            outs, back, *_ = vjp(lambda params: self._outputs(params, leaves), self.named)
             sums, = back([g.unsqueeze(d).to(o.dtype) for g, o, d in zip(grads, outs, self.out_dims, strict=True)])
             return [o.squeeze(d) for o, d in zip(outs, self.out_dims, strict=True)], [sums[n] for n in self.named]
 
-        vectorized = torch.vmap(one, (self.in_dims, self.out_dims), (self.out_dims, 0), randomness="different")
+        out_dims: Any = (self.out_dims, 0)
+        vectorized = torch.vmap(one, (self.in_dims, self.out_dims), out_dims, randomness="different")
         # What torch has no vectorized form of, it loops over: fused attention, oneDNN's recurrent layers.
         with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
             return vectorized(inputs, grads)  # type: ignore[no-any-return]

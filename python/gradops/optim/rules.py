@@ -102,7 +102,9 @@ def build(call: Call, layout: Layout, samples: int, rows: int) -> Use:
 
     if isinstance(module, nn.Linear):
         x, g = tokens(x, 1), tokens(g, 1)
-        return LinearUse(*((t[:, 0] for t in (x, g)) if x.shape[1] == 1 else (x, g)), weight, bias)
+        if x.shape[1] == 1:
+            x, g = x[:, 0], g[:, 0]
+        return LinearUse(x, g, weight, bias)
     if isinstance(module, nn.Embedding):
         assert weight is not None
         return EmbeddingUse(tokens(x, 0).long(), tokens(g, 1), weight, module.padding_idx)
@@ -113,7 +115,7 @@ def build(call: Call, layout: Layout, samples: int, rows: int) -> Use:
         x, g = (rows_first(t, layout, call, samples, rows) for t in (x, g))
         return ConvUse(x, g, module, weight, bias)
     x = _normalized(x, module)
-    if isinstance(module, _TOKENS):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         n = len(module.normalized_shape)
         x, g = (tokens(t, n).flatten(2) for t in (x, g))
     else:  # channels to the end
@@ -142,5 +144,5 @@ def _normalized(x: Tensor, norm: Any) -> Tensor:
         if isinstance(norm, _BatchNorm):
             return F.batch_norm(x, norm.running_mean, norm.running_var, None, None, False, 0.0, norm.eps)
         own = norm.training or norm.running_mean is None
-        stats = (None, None) if own else (norm.running_mean, norm.running_var)
-        return F.instance_norm(x, *stats, None, None, own, 0.0, norm.eps)
+        mean, var = (None, None) if own else (norm.running_mean, norm.running_var)
+        return F.instance_norm(x, mean, var, None, None, own, 0.0, norm.eps)

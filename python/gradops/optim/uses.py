@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 from torch.nn.parameter import Parameter
 
 from .. import linalg
@@ -55,7 +56,7 @@ class Use:
         parts = []
         for rows in self._ranges():
             block = self._block(*rows)
-            parts.append(sum((b.to(v.dtype) @ v).double() for b, v in zip(block, flat, strict=True)))
+            parts.append(torch.stack([(b.to(v.dtype) @ v).double() for b, v in zip(block, flat, strict=True)]).sum(0))
         return torch.cat(parts)
 
     def prepare(self, targets: Targets) -> None:
@@ -238,7 +239,7 @@ class ConvUse(Use):
             target, w = targets[self.weight]
             weighted = (self.g * w.to(self.g.dtype)[:, None, None, None, None]).flatten(0, 1)
             x = self.x.flatten(0, 1).to(weighted.dtype)
-            target += nn.grad.conv2d_weight(x, self._shape(), weighted, **self._options()).view_as(target)
+            target += conv2d_weight(x, self._shape(), weighted, **self._options()).view_as(target)
         if self.bias is not None:
             add_bias(self.g.movedim(2, -1), *targets[self.bias])
 
@@ -246,7 +247,7 @@ class ConvUse(Use):
         x, g = self.x[begin:end], self.g[begin:end]
         grads = []
         if self.weight is not None:
-            one = [nn.grad.conv2d_weight(a, self._shape(), b, **self._options()) for a, b in zip(x, g, strict=True)]
+            one = [conv2d_weight(a, self._shape(), b, **self._options()) for a, b in zip(x, g, strict=True)]
             grads.append(torch.stack(one).view(-1, *self.weight.shape))
         return grads + ([g.sum((1, 3, 4))] if self.bias is not None else [])
 

@@ -2,6 +2,7 @@
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 Pair = int | tuple[int, int]
 
@@ -34,7 +35,7 @@ def gram_conv2d(x: Tensor, g: Tensor, kernel_size: Pair, *, stride: Pair = 1, pa
     rows = []
     for a, b in zip(x.double(), g.double(), strict=True):
         a, b = a.reshape(-1, *a.shape[-3:]), b.reshape(-1, *b.shape[-3:])
-        weight = torch.nn.grad.conv2d_weight(a, shape, b, stride, padding, dilation, groups)
+        weight = conv2d_weight(a, shape, b, stride, padding, dilation, groups)
         rows.append(torch.cat([weight.flatten(), b.sum((0, 2, 3)) if bias else b.new_zeros(0)]))
     return _added(rows, x, out)
 
