@@ -1,4 +1,4 @@
-"""Cases of gradops.optim: one step over sets of parameters, against torch's own optimizers or the plain loop."""
+"""Optimizers of matrices: one step over sets of parameters, against torch's own optimizers or the plain loop."""
 from collections.abc import Iterator
 
 import torch
@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from gradops import optim
 
-from .harness import Case, Settings
-from .linalg import torch_polar
+from ..harness import Case, Settings
+from ..linalg.polar import torch_polar
 
 # A decoder of width 256 with 4 layers: query, key, value and output, then the two of its MLP.
 TRANSFORMER = [(256, 256)] * 16 + [(1024, 256)] * 4 + [(256, 1024)] * 4
