@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parameter import Parameter
-from torch.utils._pytree import tree_flatten
 
-from .rules import Layout, build, check_module, has_rule, layouts, rows_first, units
+from .rules import CHECKED, Layout, build, check_module, has_rule, layouts, leaves, rows_first, units
 from .uses import Use
 
 
@@ -48,13 +47,12 @@ class Tape:
     def watch(self) -> list[Any]:
         """Hooks on every unit; the caller removes them."""
         handles = []
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        for name, module, own in units(self.model, self.params):
+            if isinstance(module, CHECKED):
                 handles.append(module.register_forward_pre_hook(lambda m, _, name=name: check_module(m, name)))
-        for name, module in units(self.model, self.params):
-            own = {n: p for n, p in module.named_parameters() if p in self.params}
-            check_module(module, name)
-            handles.append(module.register_forward_hook(self._hook(name, module, own), with_kwargs=True, prepend=True))
+            if own:
+                hook = self._hook(name, module, own)
+                handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         return handles
 
     def _hook(self, name: str, module: nn.Module, params: dict[str, Parameter]) -> Any:
@@ -64,13 +62,13 @@ class Tape:
             if not torch.is_grad_enabled():
                 raise RuntimeError(f"{name} was called without gradients (torch.no_grad, or reentrant checkpointing) "
                                    "inside of capture, where every call must belong to the losses")
-            leaves = tree_flatten(output)[0]
-            places = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad]
-            inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+            outs = leaves(output)
+            places = [i for i, t in enumerate(outs) if isinstance(t, Tensor) and t.requires_grad]
+            inputs = [t for t in leaves(*args, *kwargs.values()) if isinstance(t, Tensor)]
             self.calls.append(Call(
                 name, module, params, args, kwargs, [(t, t._version) for t in inputs],
-                places, [leaves[i].shape for i in places], [leaves[i].detach() for i in places if keep],
-                [get_gradient_edge(leaves[i]) for i in places],
+                places, [outs[i].shape for i in places], [outs[i].detach() for i in places if keep],
+                [get_gradient_edge(outs[i]) for i in places],
             ))  # fmt: skip
 
         return record

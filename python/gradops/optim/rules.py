@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import Parameter
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
 
 from .module_use import ModuleUse, output_dims
 from .uses import AffineUse, ConvUse, EmbeddingUse, LinearUse, Use
@@ -27,6 +28,9 @@ _TOKENS = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 _CHANNELS = (nn.Conv1d, nn.Conv2d, nn.GroupNorm, _BatchNorm, _InstanceNorm)
 
 
+CHECKED = (_BatchNorm, nn.Embedding)
+
+
 def has_rule(module: nn.Module) -> bool:
     """Subclasses count if they compute the same of a weight of their own."""
     for cls in (*_TOKENS, nn.Conv1d, nn.Conv2d, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
@@ -37,19 +41,31 @@ def has_rule(module: nn.Module) -> bool:
     return False
 
 
-def units(model: nn.Module, params: set[Parameter]) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that own some of `params`; what is below them belongs to them."""
-    pending, seen = [("", model)], set[nn.Module]()
+def units(model: nn.Module, params: set[Parameter]) -> Iterator[tuple[str, nn.Module, dict[str, Parameter]]]:
+    """The outermost modules that own some of `params`, and which; what is below them belongs to them. Batch norms that
+    own none come with none, wherever they are."""
+    pending, seen = [("", model, False)], set[nn.Module]()
     while pending:
-        prefix, module = pending.pop()
+        name, module, inside = pending.pop()
         if module in seen:
             continue
         seen.add(module)
-        if any(p in params for p in module._parameters.values()) or is_parametrized(module):
-            if any(p in params for p in module.parameters()):
-                yield prefix or "the model", module
-            continue
-        pending += [(f"{prefix}.{name}" if prefix else name, child) for name, child in module.named_children()]
+        owner = any(p in params for p in module._parameters.values()) or is_parametrized(module)
+        if not inside and owner:
+            own = {n: p for n, p in module.named_parameters() if p in params}
+            inside = len(own) > 0
+            if inside:
+                yield name or "the model", module, own
+        elif isinstance(module, _BatchNorm):
+            yield name, module, {}
+        for key, child in module._modules.items():
+            if child is not None:
+                pending.append((f"{name}.{key}" if name else key, child, inside))
+
+
+def leaves(*trees: Any) -> list[Any]:
+    """Of nested arguments or results; most are tensors, for which torch's own function takes its time."""
+    return [leaf for tree in trees for leaf in ([tree] if isinstance(tree, Tensor) else tree_leaves(tree))]
 
 
 def check_module(module: nn.Module, name: str) -> None:
