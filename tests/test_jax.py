@@ -54,7 +54,38 @@ def test_gradient(ops, center):
         jax.grad(lambda t: ops.newton_schulz(t).sum())(x)
 
 
+def test_gram_and_what_is_solved_through_it(ops):
+    J, r = array(2, 12, 300), array(2, 12)
+    tj, tr = torch.from_numpy(J), torch.from_numpy(r)
+    G = linalg.gram(tj)
+    np.testing.assert_allclose(jax.jit(ops.gram)(J), G, rtol=1e-6, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(ops.pinv_apply)(J, r), linalg.pinv_apply(tj, tr), rtol=1e-5, atol=1e-8)
+    w, sigma, rank = jax.jit(lambda G, r: ops.spectral_solve(G, r, k=5))(G.numpy(), r)
+    exact = linalg.spectral_solve(G, tr, k=5)
+    np.testing.assert_allclose(w, exact[0], rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(sigma, exact[1], rtol=1e-5)
+    assert rank.tolist() == exact[2].tolist()
+    half = ops.pinv_apply(jnp.asarray(J, jnp.bfloat16), r)
+    assert half.dtype == jnp.bfloat16 and np.isfinite(np.asarray(half, np.float32)).all()
+    small = array(2, 12, 5)
+    np.testing.assert_allclose(jax.vmap(ops.gram, in_axes=1)(small), [ops.gram(small[:, i]) for i in range(12)],
+                               atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(ops.pinv_apply, in_axes=(0, None))(small, r[0]),
+                               [ops.pinv_apply(x, r[0]) for x in small], atol=1e-6)
+    ours = jax.grad(lambda x: (ops.gram(x)**2).sum())(small)
+    want = jax.grad(lambda x: ((x @ jnp.swapaxes(x, -1, -2))**2).sum())(small)
+    np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-4)
+    with (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64(True):
+        x = jnp.asarray(array(6, 40), jnp.float64)
+        assert ops.gram(jnp.asarray(x, jnp.float32)).dtype == jnp.float64
+        np.testing.assert_allclose(x @ ops.pinv_apply(x, x[:, 0], rtol=1e-6), x[:, 0], rtol=1e-9, atol=1e-9)
+    with pytest.raises(Exception, match=r"[Dd]ifferentiat|JVP"):
+        jax.grad(lambda t: ops.pinv_apply(t, r).sum())(J)
+
+
 def test_bad_input(ops):
+    with pytest.raises(ValueError, match="r must have the shape of J"):
+        ops.pinv_apply(jnp.ones((2, 3)), jnp.ones(3))
     with pytest.raises(ValueError, match="x must have at least 2 dimensions"):
         ops.row_norm(jnp.ones(3))
     with pytest.raises(TypeError, match="x must be float64"):

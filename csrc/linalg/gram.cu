@@ -38,12 +38,20 @@ __device__ Pair pair_of(int64_t n) {  // the n-th of (0, 0), (1, 0), (1, 1), (2,
 }
 
 template <class T, class S>
+__device__ T widened(S x) {
+  if constexpr (sizeof(T) == 4)
+    return float(x);
+  else
+    return to_double(x);
+}
+
+template <class T, class S>
 __device__ void load(T (*to)[kStride], const S* __restrict__ j, int64_t rows, int64_t cols, int64_t row, int64_t begin,
                      int64_t end) {
   const int64_t column = begin + threadIdx.x % kDepth;
 #pragma unroll 4
   for (int r = threadIdx.x / kDepth; r < kTile; r += kThreads / kDepth)
-    to[threadIdx.x % kDepth][r] = row + r < rows && column < end ? T(to_double(j[(row + r) * cols + column])) : T(0);
+    to[threadIdx.x % kDepth][r] = row + r < rows && column < end ? widened<T>(j[(row + r) * cols + column]) : T(0);
 }
 
 // partial[item][pair][slice][edge][edge]

@@ -14,34 +14,53 @@ int64_t space(int64_t rows, int64_t cols) {  // of Panels
   return panels * rows * kPanel<T>;
 }
 
+template <class S, int W>
+struct RunOf {
+  typedef S type __attribute__((vector_size(W * sizeof(S)), aligned(alignof(S)), may_alias));
+};
+
+// As many numbers as a vector of T has lanes, widened.
+template <class T, class S>
+[[gnu::always_inline]] inline Vec<T> widened(const S* from) {
+  constexpr int W = kLanes<T>;
+  if constexpr (sizeof(S) >= 4) {
+    return __builtin_convertvector(*reinterpret_cast<const typename RunOf<S, W>::type*>(from), Vec<T>);
+  } else {
+    alignas(kVectorBytes) float x[W];
+#pragma omp simd
+    for (int l = 0; l < W; ++l) x[l] = widen(from[l]);
+    return widened<T>(x);
+  }
+}
+
 // Columns [begin, end) of rows [row, row + to.cols), widened, as rows of `to`; to.rows is a multiple of the lanes,
 // and whatever lies outside the matrix is zero.
 template <class S, class T>
 void pack(const S* j, int64_t stride, int64_t row, int64_t begin, int64_t end, const Panels<T>& to) {
   constexpr int W = kLanes<T>;
-  for (int64_t c = 0; c < to.cols; c += W)
-    for (int64_t k = 0; k < to.rows; k += W) {
-      const int64_t count = end - begin - k < W ? end - begin - k : W;
-      alignas(kVectorBytes) T rows[W][W];
-      for (int r = 0; r < W; ++r) {
-        const S* from = j + (row + c + r) * stride + begin + k;
-        if (c + r >= to.cols) {
-          for (int l = 0; l < W; ++l) rows[r][l] = 0;
-        } else if (count == W) {
-#pragma GCC unroll 16
-          for (int l = 0; l < W; ++l) rows[r][l] = T(widen(from[l]));
-        } else {
-          for (int l = 0; l < W; ++l) rows[r][l] = l < count ? T(widen(from[l])) : T(0);
-        }
-      }
-      Vec<T> block[W];
-#pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) block[r] = vec_at(rows[r]);
+  for (int64_t c = 0; c < to.cols; c += W) {
+    const S* from = j + (row + c) * stride + begin;
+    const int64_t rows = to.cols - c, whole = rows < W ? 0 : (end - begin) / W * W;
+    Vec<T> block[W];
+    const auto put = [&](int64_t k) __attribute__((always_inline)) {
       transpose<T>(block);
       T* out = to.at(k, c);
 #pragma GCC unroll 16
       for (int r = 0; r < W; ++r) vec_at(out + r * kPanel<T>) = block[r];
+    };
+    for (int64_t k = 0; k < whole; k += W) {
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) block[r] = widened<T>(from + r * stride + k);
+      put(k);
     }
+    for (int64_t k = whole; k < to.rows; k += W) {
+      alignas(kVectorBytes) T edge[W][W] = {};
+      for (int r = 0; r < W && r < rows; ++r)
+        for (int l = 0; l < W && l < end - begin - k; ++l) edge[r][l] = T(widen(from[r * stride + k + l]));
+      for (int r = 0; r < W; ++r) block[r] = vec_at(edge[r]);
+      put(k);
+    }
+  }
 }
 
 // sum += a^T b; of the columns right of the diagonal, if a is b, nothing is used.

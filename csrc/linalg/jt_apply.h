@@ -15,7 +15,7 @@ struct JtApplyTask {  // batch of contiguous rows x cols matrices
   int64_t batch, rows, cols;
 };
 
-constexpr int64_t kJtApplyColumns = 2048;  // at most, of one call: their sums stay in the cache
+constexpr int64_t kJtApplyColumns = 8192;  // at most, of one call: long runs, and sums that stay in the cache
 GRADOPS_DECLARE(void, jt_apply_columns, const JtApplyTask&, int64_t item, int64_t begin, int64_t end)
 
 namespace cpu {

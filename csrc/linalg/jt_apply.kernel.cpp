@@ -8,7 +8,8 @@ namespace {
 template <class T>
 void columns(const JtApplyTask& t, int64_t item, int64_t begin, int64_t count) {
   constexpr int kRows = 8;  // together: a sum is loaded and stored once for all of them
-  alignas(64) double sum[kJtApplyColumns] = {};
+  alignas(64) double sum[kJtApplyColumns];
+  for (int64_t c = 0; c < count; ++c) sum[c] = 0;
   const T* j = static_cast<const T*>(t.j) + item * t.rows * t.cols + begin;
   const double* w = t.w + item * t.rows;
   int64_t b = 0;

@@ -9,6 +9,8 @@
 
 #include "common/isa.h"
 #include "common/thread_pool.h"
+#include "linalg/gram.h"
+#include "linalg/jt_apply.h"
 #include "linalg/newton_schulz.h"
 #include "linalg/nuclear_scale.h"
 #include "linalg/row_norm.h"
@@ -52,6 +54,20 @@ void nuclear_scale(In m, In u, Out out) {
   gradops::cpu::nuclear_scale(task, memory.get());
 }
 
+void gram(In j, Out g, bool wide) {
+  const gradops::GramTask task{j.data(), g.data(), element(j), batch(j), rows(j), cols(j), wide};
+  const nb::gil_scoped_release unlock;
+  const std::unique_ptr<char[]> memory(new char[size_t(gradops::cpu::gram_workspace(task))]);
+  gradops::cpu::gram(task, memory.get());
+}
+
+void jt_apply(In j, In w, Out y) {
+  const gradops::JtApplyTask task{
+      j.data(), static_cast<const double*>(w.data()), y.data(), element(j), batch(j), rows(j), cols(j)};
+  const nb::gil_scoped_release unlock;
+  gradops::cpu::jt_apply(task);
+}
+
 }  // namespace
 
 NB_MODULE(_numpy, m) {
@@ -61,4 +77,6 @@ NB_MODULE(_numpy, m) {
   m.def("newton_schulz", newton_schulz);
   m.def("row_norm", row_norm);
   m.def("nuclear_scale", nuclear_scale);
+  m.def("gram", gram);
+  m.def("jt_apply", jt_apply);
 }

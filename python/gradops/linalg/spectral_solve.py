@@ -68,8 +68,8 @@ def spectral_solve(G: Tensor, r: Tensor, *, k: int | None = None, rtol: float = 
 
     Returns:
         ``w`` ``(..., B)`` and ``sigma`` ``(..., B)`` in falling order, float64, and ``rank`` ``(...)``, int64: how many
-        singular values passed (``"tikhonov"``: are positive; ``"smooth"``: are above the hard cut). G = 0 gives w = 0.
-        An item with a NaN or infinity has w and sigma NaN and rank -1; others are not affected.
+        singular values are above the hard filter's cut, whatever the filter. G = 0 gives w = 0. An item with a NaN or
+        infinity has w and sigma NaN and rank -1; others are not affected.
 
     Raises:
         TypeError: ``G`` or ``r`` is no dense real floating-point tensor.

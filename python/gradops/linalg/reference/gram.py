@@ -42,7 +42,7 @@ def spectral_solve(G: Tensor, r: Tensor, *, k: int | None = None, rtol: float = 
                 elif filter == "smooth":
                     factor = 1 / (1 + (rtol**2 * values[0] / value)**6) if s > atol else 0.0
                 else:
-                    factor, above = 1.0, bool(s > 0)
+                    factor = 1.0
                 rank += above
                 if factor and value + damping > 0 and (value > 0 or power <= 1):
                     w += factor * s**(1 - power) / (value + damping) * (q[:, i] @ x) * q[:, i]
