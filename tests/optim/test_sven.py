@@ -413,6 +413,45 @@ def test_bad_losses():
         step(model, x, microbatch=4)
 
 
+def test_memory_beyond_the_forward_pass_is_less_than_twice_the_activations():
+    from torch.profiler import ProfilerActivity, profile
+
+    model = nn.Sequential(nn.Linear(512, 100), nn.GELU(), nn.Linear(100, 100), nn.GELU(), nn.Linear(100, 10))
+    opt, x = Sven(model.parameters(), lr=0.1), torch.randn(128, 512)
+
+    def peak(f):
+        f()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            f()
+        now = most = 0
+        for event in sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                most = max(most, now)
+        return most
+
+    forward = peak(lambda: squares(model(x)))
+    activations = 4 * 128 * (512 + 4 * 100 + 10)
+    assert peak(lambda: take(opt, model, x)) - forward < 2 * activations
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+def test_autocast(name):
+    model, x = MODELS[name]
+    model, opts = copy.deepcopy(model).float(), []
+    x = x.float() if x.is_floating_point() else x
+    moves = []
+    for enabled in (False, True):
+        twin = copy.deepcopy(model)
+        opts.append(Sven(twin.parameters(), lr=0.1, rtol=0.1))
+        with opts[-1].capture(twin), torch.autocast("cpu", torch.bfloat16, enabled):
+            losses = squares(twin(x).float())
+        opts[-1].step(losses)
+        moves.append(flat(twin.parameters()) - flat(model.parameters()))
+    cosine = torch.cosine_similarity(*moves, 0)
+    assert cosine > 0.98
+
+
 def test_gram_is_the_sum_over_layers():
     """The Gram of a network from gram_outer alone, as one would write it by hand."""
     first, second, x = nn.Linear(4, 5).double(), nn.Linear(5, 3).double(), randn(6, 4)

@@ -161,7 +161,18 @@ def _join(found: dict[frozenset[Parameter], list[Use]], use: Use) -> None:
 
 
 @contextmanager
-def capture(model: nn.Module, params: Iterable[Parameter] | None = None) -> Iterator[Tape]:
+def watching(model: nn.Module, params: Iterable[Parameter]) -> Iterator[Tape]:
+    tape = Tape(model, params)
+    handles = tape.watch()
+    try:
+        yield tape
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def capture(model: nn.Module, params: Iterable[Parameter] | None = None) -> Iterator[None]:
     """Watches the forward passes of `model` inside of the `with` block, for :func:`per_sample_gram`.
 
     Args:
@@ -170,15 +181,9 @@ def capture(model: nn.Module, params: Iterable[Parameter] | None = None) -> Iter
 
     Inputs and output gradients of every layer are kept until they are used, or until the next capture of the model.
     """
-    tape = Tape(model, model.parameters() if params is None else params)
     _tapes.pop(model, None)
-    handles: list[Any] = []
-    try:
-        handles += tape.watch()
-        yield tape
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(model, model.parameters() if params is None else params) as tape:
+        yield
     _tapes[model] = tape
 
 

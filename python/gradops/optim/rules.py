@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 #   "module"   a module without a rule, which knows
 Layout = str
 _TOKENS = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
-_CHANNELS = (nn.Conv1d, nn.Conv2d, nn.GroupNorm, _BatchNorm, _InstanceNorm)
-
-
 CHECKED = (_BatchNorm, nn.Embedding)
 
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from ..linalg import spectral_solve
 from ..linalg._spectrum import check_filter
 from .base import check_scalar, check_state_dtype, scalar, zeros_like_state
-from .capture import Tape, capture, check_losses
+from .capture import Tape, check_losses, watching
 from .resume import ResumingOptimizer
 from .uses import Targets, Use
 
@@ -136,7 +136,7 @@ class Sven(ResumingOptimizer):
     def capture(self, model: nn.Module) -> Iterator[None]:
         """Watches the forward passes of `model` in the ``with`` block, for the next step."""
         self._tape = None
-        with capture(model, (p for group in self.param_groups for p in group["params"])) as tape:
+        with watching(model, (p for group in self.param_groups for p in group["params"])) as tape:
             yield
         self._tape = tape
 
