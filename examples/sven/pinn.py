@@ -93,8 +93,8 @@ def adam(model: nn.Module, steps: int) -> Callable[[Tensor], None]:
 
 
 RUNS: dict[str, tuple[int, Callable[[nn.Module, int], Callable[[Tensor], None]]]] = {
-    "Sven, hard": (1, lambda model, steps: sven(model, steps, lr=0.3, rtol=1e-4)),
-    "Sven, tikhonov": (1, lambda model, steps: sven(model, steps, lr=1.0, filter="tikhonov", damping=1e-4)),
+    "Sven, hard": (1, lambda model, steps: sven(model, steps, lr=0.3)),
+    "Sven, tikhonov": (1, lambda model, steps: sven(model, steps, lr=1.0, filter="tikhonov", damping=1e-3)),
     "Adam": (10, adam),  # ten times as many steps
 }
 

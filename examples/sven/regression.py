@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from gradops.optim import Sven
@@ -60,8 +61,6 @@ def polynomial(generator: torch.Generator) -> Data:
 
 
 def digits(generator: torch.Generator) -> Data:
-    from sklearn.datasets import load_digits
-
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=generator)
     x = torch.from_numpy(pixels).float()[order] / 16
