@@ -1,5 +1,6 @@
 """Sven: one step against SGD's, against the same step in plain torch, and against TorchJD's Gram matrix."""
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
@@ -24,7 +25,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 def perceptron(widths: tuple[int, ...]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for d, p in zip(widths[:-1], widths[1:], strict=True):
+    for d, p in itertools.pairwise(widths):
         layers += [nn.Linear(d, p), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 
@@ -93,7 +94,7 @@ def case(widths: tuple[int, ...], samples: int, settings: Settings) -> Case:
         engine = Engine(models[3], batch_dim=0)
         peers["TorchJD, Gram only"] = lambda: engine.compute_gramian(loss(models[3](x), y))
     features = sum(widths[:-1]) + sum(widths[1:])
-    products = 2 * samples * sum(d * p for d, p in zip(widths[:-1], widths[1:], strict=True))
+    products = 2 * samples * sum(d * p for d, p in itertools.pairwise(widths))
     return Case(
         "Sven.step", f"{'-'.join(map(str, widths))}, B={samples}", torch.float32,
         ours=our_step, reference=torch_step, peers=peers,

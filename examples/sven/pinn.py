@@ -11,6 +11,7 @@ use the weights outside of their layers, where their per-sample gradients are no
     python examples/sven/pinn.py
 """
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class Taylor(nn.Module):
         super().__init__()
         sizes = [1] + [WIDTH] * DEPTH + [1]
         # A constant feature stands for the bias: its derivatives are zero, unlike those of a bias.
-        self.layers = nn.ModuleList(nn.Linear(d + 1, p, bias=False) for d, p in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(d + 1, p, bias=False) for d, p in itertools.pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         zero, one = torch.zeros_like(x), torch.ones_like(x)

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Run:
 
 def network(widths: tuple[int, ...]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for d, p in zip(widths[:-1], widths[1:], strict=True):
+    for d, p in pairwise(widths):
         layers += [nn.Linear(d, p), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 
@@ -174,7 +174,8 @@ def summary(runs: list[Run]) -> Table:
     for name in ("epochs", "seconds", "loss"):
         table.add_column(name, justify="right")
     for run in runs:
-        table.add_row(run.problem, run.optimizer, str(run.epochs[-1]), f"{run.seconds[-1]:.1f}", f"{run.losses[-1]:.2e}")
+        figures = str(run.epochs[-1]), f"{run.seconds[-1]:.1f}", f"{run.losses[-1]:.2e}"
+        table.add_row(run.problem, run.optimizer, *figures)
     return table
 
 
