@@ -37,7 +37,8 @@ def add_pairs(out: Tensor, tokens: int, xs: Tokens, gs: Tokens, bias: bool,
             xj, gj = (xi, gi) if i == j else (xs(j, last), gs(j, last))
             a, b = inner(xi, xj) if inner else _product(xi, xj), _product(gi, gj)
             product = b.addcmul_(b, a) if bias else b.mul_(a)
-            columns = product.view(end - i, tokens, (last - j) * tokens).sum(1)  # long rows first: torch adds them fastest
+            # Along long rows first: torch adds them fastest.
+            columns = product.view(end - i, tokens, (last - j) * tokens).sum(1)
             square = columns.view(end - i, last - j, tokens).sum(2)
             if i == j:
                 square = square.tril() + square.tril(-1).mT  # the sums above the diagonal run in another order
