@@ -49,7 +49,7 @@ void cpu::gram(const GramTask& t, void* workspace, void*) {
   sums += -reinterpret_cast<uintptr_t>(sums) & 63;
   const auto sum = GRADOPS_DISPATCH(gram_sum);
   const auto write = GRADOPS_DISPATCH(gram_write);
-  const int64_t work = t.rows * t.rows * p.slice / (p.pairs * p.slices), grain = work < 65536 ? 65536 / (work + 1) : 1;
+  const int64_t work = t.rows * t.rows / p.pairs * p.slice, grain = work < 65536 ? 65536 / (work + 1) : 1;
   parallel_for(0, t.batch * p.pairs * p.slices, grain, [&](int64_t first, int64_t last) {
     char* packed = thread_scratch(p.packed);
     for (int64_t n = first; n < last; ++n) {

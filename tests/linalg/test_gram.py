@@ -1,3 +1,8 @@
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,6 +120,18 @@ def test_derivatives_of_a_list():
     grad, = torch.autograd.grad(gram(x).sum(), x)
     want, = torch.autograd.grad(reference.gram(x).sum(), x)
     torch.testing.assert_close(grad, want)
+
+
+@pytest.mark.parametrize("level", [pytest.param("v2", marks=pytest.mark.slow), "v3"])
+def test_other_levels(level):
+    """The kernels of this room in a process that is forced to a level below this machine's."""
+    here = pathlib.Path(__file__)
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", here,
+                          here.with_name("test_jt_apply.py"), "-k", "(cpu and test_matches) or test_groups"],
+                         env={**os.environ, "GRADOPS_ISA": level}, capture_output=True, text=True)
+    if f"GRADOPS_ISA={level}: not available" in run.stdout + run.stderr:
+        pytest.skip(f"this machine has no {level}")
+    assert run.returncode == 0, run.stdout
 
 
 def test_bad_input():
