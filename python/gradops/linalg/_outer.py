@@ -10,7 +10,7 @@ from .gram import gram
 
 # Temporaries of one product are cut to about this many bytes; those of token pairs, which are small products that are
 # read again and again, to what a cache holds.
-MAX_BYTES, PAIR_BYTES = 2**26, 2**21
+MAX_BYTES, PAIR_BYTES = 2**26, 2**19
 # Samples begin to end, as (tokens of all of them, features) in float64.
 Tokens = Callable[[int, int], Tensor]
 
