@@ -1,6 +1,7 @@
 """Optimizers on the kernels of `gradops.linalg`: every shape one batched call, no host sync, float32 state."""
 
 from .adamw import AdamW
+from .capture import capture, per_sample_gram
 from .hybrid import HybridPolarGradM
 from .layouts import to_matrices
 from .mixed import SymmetryOptimizer
@@ -8,6 +9,7 @@ from .muon import Muon
 from .one_sided import LeftPolarGradM, RightPolarGradM
 from .polargrad import PolarGrad
 from .row_norm import RowNormM
+from .sven import Sven, SvenInfo
 from .symmetry import symmetry_param_groups
 
 __all__ = [
@@ -18,7 +20,11 @@ __all__ = [
     "PolarGrad",
     "RightPolarGradM",
     "RowNormM",
+    "Sven",
+    "SvenInfo",
     "SymmetryOptimizer",
+    "capture",
+    "per_sample_gram",
     "symmetry_param_groups",
     "to_matrices",
 ]

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from .layouts import check_layout, check_shape, from_matrices, to_matrices
+from .resume import ResumingOptimizer
 
 # A batch is copied together before its kernel call; this bounds the copy (512 MiB in float32). Matrices large enough
 # to reach it fill the machine one by one.
@@ -27,7 +28,7 @@ class _Item(NamedTuple):
     group: dict[str, Any]
 
 
-class MatrixOptimizer(Optimizer):
+class MatrixOptimizer(ResumingOptimizer):
     r"""Base: :math:`p \leftarrow (1 - \eta\lambda)\, p - \eta\, \Delta(M)`, with :math:`\Delta` given by a subclass.
 
     A subclass defines `_kernel`, and `_check` for settings of its own. Its `__init__` names every setting of a
@@ -116,32 +117,6 @@ class MatrixOptimizer(Optimizer):
             for name, value in self._rule(group)._defaults.items():
                 group.setdefault(name, self.defaults.get(name, value))
 
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, except that the state keeps its own dtype and is copied, not shared.
-
-        torch casts floating-point state to the parameter's dtype, which would round float32 momentum of bfloat16
-        parameters at every resume.
-        """
-        final: dict[str, Any] = {}
-
-        def restore(optimizer: Optimizer) -> None:
-            ids = [i for group in final["param_groups"] for i in group["params"]]
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            for i, p in zip(ids, params, strict=True):
-                for key, value in final["state"].get(i, {}).items():
-                    if isinstance(value, Tensor):
-                        optimizer.state[p][key] = value.to(device=p.device, copy=True)
-
-        # Our hooks run after the caller's pre-hooks and before their post-hooks.
-        before = self.register_load_state_dict_pre_hook(lambda _, sd: final.update(sd))
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-
     # The step.
 
     @torch.no_grad()
@@ -220,7 +195,7 @@ def _apply(items: list[_Item], directions: list[Tensor]) -> None:
     for _, run in groupby(zip(items, directions, strict=True), key=lambda pair: id(pair[0].group)):
         run_items, run_directions = map(list, zip(*run, strict=True))
         group = run_items[0].group
-        lr, decay = _scalar(group["lr"]), _scalar(group["weight_decay"])
+        lr, decay = scalar(group["lr"]), scalar(group["weight_decay"])
         params = [item.param for item in run_items]
         wide = [p.to(d.dtype) for p, d in zip(params, run_directions, strict=True)]  # p itself if equal
         if isinstance(lr, Tensor) or isinstance(decay, Tensor) or decay != 0:
@@ -242,7 +217,7 @@ def _step_unless(found_inf: Tensor, rule: type[MatrixOptimizer], items: list[_It
         t.copy_(torch.where(found_inf.to(t.device, non_blocking=True) != 0, old, t))
 
 
-def _scalar(x: Any) -> Any:
+def scalar(x: Any) -> Any:
     return x.reshape(()) if isinstance(x, Tensor) else x
 
 
@@ -269,21 +244,27 @@ def _name(group: dict[str, Any], i: int) -> str:
     return f"parameter {names[i]!r}" if names else f"parameter {i} of its group"
 
 
+def check_scalar(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got a tensor of shape {tuple(value.shape)}")
+    elif not value >= 0:
+        raise ValueError(f"{name} must be >= 0, got {value!r}")
+
+
+def check_state_dtype(dtype: Any) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"state_dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+
+
 def _check_common(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay"):
-        value = group[name]
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"{name} must have one element, got a tensor of shape {tuple(value.shape)}")
-        elif not value >= 0:
-            raise ValueError(f"{name} must be >= 0, got {value!r}")
+        check_scalar(name, group[name])
     if "momentum" in group and not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum must be in [0, 1), got {group['momentum']!r}")
     if "eps" in group and not group["eps"] >= 0:
         raise ValueError(f"eps must be >= 0, got {group['eps']!r}")
-    dtype = group["state_dtype"]
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"state_dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+    check_state_dtype(group["state_dtype"])
     if group.get("precision") not in (None, "highest", "high", "medium"):
         raise ValueError(f"precision must be None, 'highest', 'high' or 'medium', got {group['precision']!r}")
     if "layout" in group:
