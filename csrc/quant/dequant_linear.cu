@@ -9,19 +9,6 @@ namespace {
 
 constexpr int kMostWarps = 16, kSlab = 32;
 
-__device__ inline double number_at(const void* p, Element type, int64_t i) {
-  switch (type) {
-    case Element::bf16:
-      return to_double(static_cast<const __nv_bfloat16*>(p)[i]);
-    case Element::f16:
-      return to_double(static_cast<const __half*>(p)[i]);
-    case Element::f32:
-      return double(static_cast<const float*>(p)[i]);
-    default:
-      return static_cast<const double*>(p)[i];
-  }
-}
-
 __device__ inline int64_t group_of(const PackedWeight& w, int64_t input) {
   if (input >= w.in) input = w.in - 1;
   const int64_t g = w.g_idx ? w.g_idx[input] : input / w.group_size;
@@ -47,7 +34,7 @@ __device__ inline Grid grid_of(const PackedWeight& w, int64_t group, int64_t col
   uint32_t code = words[0] >> shift;
   if (shift + b > 32) code |= words[1] << (32 - shift);
   return {float((code & ((1u << b) - 1)) + w.zero_offset),
-          float(number_at(w.scales, w.scale_type, group * w.out + col))};
+          float(number_at(w.scale_type, w.scales, group * w.out + col))};
 }
 
 template <int b>
@@ -109,7 +96,7 @@ __global__ void __launch_bounds__(32 * kMostWarps) linear_kernel(const __grid_co
   __syncthreads();
   if (out >= w.out) return;
   for (int r = warp; r < R && row + r < t.rows; r += warps) {
-    double y = t.bias ? number_at(t.bias, t.bias_type, out) : 0.;
+    double y = t.bias ? number_at(t.bias_type, t.bias, out) : 0.;
     for (int k = 0; k < warps; ++k) y += shared[k][r][lane];
     static_cast<T*>(t.y)[(row + r) * w.out + out] = from_double<T>(y);
   }

@@ -35,6 +35,17 @@ def primals(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [forward_ad.unpack_dual(t).primal for t in tensors]
 
 
+class KeepsInputs(torch.autograd.Function):
+    """A function of tensors whose derivatives, in both modes, start from its inputs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+
 def refuse_derivative(function: str, **tensors: Tensor | None) -> None:
     """For functions whose results are constants of the training loss: raises where a derivative is asked for."""
     for name, t in tensors.items():

@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._op import needs_derivative, primals, register
+from .._op import KeepsInputs, needs_derivative, primals, register
 from ._blocks import Blocks, check_blocks, check_rows
 
 _op = register("jt_apply", fake=lambda J, w: J.new_empty((*J.shape[:-2], J.shape[-1])))
@@ -44,17 +44,10 @@ def jt_apply(J: Blocks, w: Tensor) -> Tensor | list[Tensor]:
     return out[0] if isinstance(J, Tensor) else out
 
 
-class _JtApply(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _JtApply(KeepsInputs):
     @staticmethod
     def forward(J: Tensor, w: Tensor) -> Tensor:
         return _op(J, w)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):

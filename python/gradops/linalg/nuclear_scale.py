@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_matrix
-from .._op import needs_derivative, primals, register
+from .._op import KeepsInputs, needs_derivative, primals, register
 
 _op = register("nuclear_scale", fake=lambda m, u: m.new_empty(m.shape[:-2], dtype=torch.float64))
 
@@ -48,17 +48,10 @@ def nuclear_scale(M: Tensor, U: Tensor) -> Tensor:
     return out if M.dtype == torch.float64 else out.float()
 
 
-class _NuclearScale(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _NuclearScale(KeepsInputs):
     @staticmethod
     def forward(m: Tensor, u: Tensor) -> Tensor:
         return _op(m, u)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):

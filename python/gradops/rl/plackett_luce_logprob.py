@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_integers
-from .._op import needs_derivative, primals, register
+from .._op import KeepsInputs, needs_derivative, primals, register
 from .reference.selection import left_over
 
 _op = register("plackett_luce_logprob", fake=lambda scores, permutation: scores.new_empty(scores.shape[:-1]))
@@ -74,17 +74,10 @@ def _hessian_product(scores: Tensor, permutation: Tensor, v: Tensor) -> Tensor:
     return (p * ((p * v).sum(-1, keepdim=True) - v)).sum(-2)
 
 
-class _LogProb(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _LogProb(KeepsInputs):
     @staticmethod
     def forward(scores: Tensor, permutation: Tensor) -> Tensor:
         return _op(scores, permutation)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
@@ -97,19 +90,12 @@ class _LogProb(torch.autograd.Function):
         return (_Gradient.apply(scores, permutation) * tangent).sum(-1)
 
 
-class _Gradient(torch.autograd.Function):
+class _Gradient(KeepsInputs):
     """The gradient of the log-probability of each row."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(scores: Tensor, permutation: Tensor) -> Tensor:
         return _gradient(scores, permutation)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
