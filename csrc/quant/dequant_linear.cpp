@@ -1,12 +1,12 @@
 #include "quant/dequant_linear.h"
 
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/value_error.h"
 
 namespace gradops {
 namespace {
@@ -20,9 +20,9 @@ int64_t padded_inputs(const PackedWeight& w) {
 std::vector<int32_t> groups_of(const PackedWeight& w) {
   std::vector<int32_t> group(size_t(padded_inputs(w)));
   for (int64_t i = 0; i < w.in; ++i) group[size_t(i)] = w.g_idx ? w.g_idx[i] : int32_t(i / w.group_size);
-  bool good = true;
-  for (int64_t i = 0; i < w.in; ++i) good &= group[size_t(i)] >= 0 && group[size_t(i)] < w.groups;
-  if (!good) throw std::invalid_argument("dequant_linear: g_idx must be 0 to " + std::to_string(w.groups - 1));
+  for (int64_t i = 0; i < w.in; ++i)
+    if (group[size_t(i)] < 0 || group[size_t(i)] >= w.groups)
+      refuse_value("g_idx", "be 0 to " + std::to_string(w.groups - 1), int64_t(group[size_t(i)]));
   for (size_t i = size_t(w.in); i < group.size(); ++i) group[i] = group[size_t(w.in) - 1];
   return group;
 }

@@ -1,7 +1,4 @@
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -123,15 +120,9 @@ def test_derivatives_of_a_list():
 
 
 @pytest.mark.parametrize("level", [pytest.param("v2", marks=pytest.mark.slow), "v3"])
-def test_other_levels(level):
-    """The kernels of this room in a process that is forced to a level below this machine's."""
-    here = pathlib.Path(__file__)
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", here,
-                          here.with_name("test_jt_apply.py"), "-k", "(cpu and test_matches) or test_groups"],
-                         env={**os.environ, "GRADOPS_ISA": level}, capture_output=True, text=True)
-    if f"GRADOPS_ISA={level}: not available" in run.stdout + run.stderr:
-        pytest.skip(f"this machine has no {level}")
-    assert run.returncode == 0, run.stdout
+def test_other_levels(level, run_at_level):
+    run_at_level(level, "(cpu and test_matches) or test_groups", __file__,
+                 pathlib.Path(__file__).with_name("test_jt_apply.py"))
 
 
 def test_bad_input():

@@ -1,8 +1,5 @@
 """newton_schulz with products of bf16 (one part, and the sum of two), on the CPU at every level that has them."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -59,17 +56,8 @@ here = pytest.mark.skipif(not levels_here(), reason="this machine has no bf16 pr
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_level(level):
-    """The tests of this file that depend on the level, in a process that is forced to it."""
-    if os.environ.get("GRADOPS_ISA"):
-        pytest.skip("already forced")
-    env = {**os.environ, "GRADOPS_ISA": level}
-    names = "matches or item_equals or thread or stay"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", names, __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if "not available on this machine" in done.stdout:
-        pytest.skip(f"{level}: not on this machine")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+def test_level(level, run_at_level):
+    run_at_level(level, "matches or item_equals or thread or stay", __file__)
 
 
 @here

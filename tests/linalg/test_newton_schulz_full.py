@@ -1,7 +1,4 @@
 """newton_schulz on the CPU with full-precision products, at every x86-64 level this machine runs."""
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +8,6 @@ import gradops  # noqa: F401  (loads the libraries)
 QUINTIC = [4.0848, -6.8946, 2.9270, 3.9505, -6.3029, 2.6377, 3.7418, -5.5913, 2.3037, 2.8769, -3.1427, 1.2046,
            2.8366, -3.0525, 1.2012]
 CUBIC = [1.5, -0.5, 0.0] * 3
-LEVEL = os.environ.get("GRADOPS_ISA")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (1, 5), (5, 1), (3, 4), (16, 16), (17, 18), (33, 47), (47, 33), (64, 64), (100, 65), (200, 40),
           (128, 1024), (300, 300), (2, 3, 20, 70)]
@@ -50,15 +46,9 @@ def close(y, want):
     return ((y.double() - want).norm() / want.norm()).item() <= TOLERANCE[y.dtype]
 
 
-@pytest.mark.skipif(LEVEL is not None, reason="runs inside")
 @pytest.mark.parametrize("level", ["v2", "v3", "v4"])
-def test_every_level(level):
-    """All tests of this file once more, with the level forced."""
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:warnings", __file__, "-k", "cpu"],
-                         env={**os.environ, "GRADOPS_ISA": level}, capture_output=True, text=True)
-    if f"GRADOPS_ISA={level}: not available" in run.stdout + run.stderr:
-        pytest.skip(f"this machine has no {level}")
-    assert run.returncode == 0, run.stdout + run.stderr
+def test_every_level(level, run_at_level):
+    run_at_level(level, "cpu", __file__)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,8 +1,5 @@
 """The product that compensation is made of, against float64."""
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -24,16 +21,9 @@ def bound(dtype, depth):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("level", ["v2", "v3"])
-def test_level(level):
-    """What depends on the level, here and for upper_factor, in a process that is forced to it."""
-    if os.environ.get("GRADOPS_ISA") or level == torch.ops.gradops.isa():
-        pytest.skip("already forced, or the level of this machine")
-    files = [__file__, str(pathlib.Path(__file__).with_name("test_upper_factor.py"))]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "deep or inverse", *files]
-    done = subprocess.run(command, env={**os.environ, "GRADOPS_ISA": level}, capture_output=True, text=True)
-    if "not available on this machine" in done.stdout:
-        pytest.skip(f"{level}: not on this machine")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+def test_level(level, run_at_level):
+    """What depends on the level, here and for upper_factor."""
+    run_at_level(level, "deep or inverse", __file__, pathlib.Path(__file__).with_name("test_upper_factor.py"))
 
 
 @settings(max_examples=30, deadline=None)

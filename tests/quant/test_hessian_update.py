@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -42,17 +39,8 @@ def run(ops, h, x, n_seen, mask=None, x_q=None, split=False):
 
 
 @pytest.mark.parametrize("level", ["v4_bf16", pytest.param("amx_twin", marks=pytest.mark.slow)])
-def test_level(level):
-    """The tests of this file that depend on the level, in a process that is forced to it."""
-    if os.environ.get("GRADOPS_ISA") or level in torch.ops.gradops.isa():
-        pytest.skip("already forced, or the level of this machine")
-    env = {**os.environ, "GRADOPS_ISA": level}
-    names = "cpu and (matches or masked) or long or threads"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", names, __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if "not available on this machine" in done.stdout:
-        pytest.skip(f"{level}: not on this machine")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+def test_level(level, run_at_level):
+    run_at_level(level, "cpu and (matches or masked) or long or threads", __file__)
 
 
 SHAPES = [(1, 1), (7, 3), (33, 65), (40, 200), (70, 129)]

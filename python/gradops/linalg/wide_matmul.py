@@ -1,4 +1,4 @@
-"""Products of matrices of any dtype into a matrix that may be wider."""
+"""Products of matrices of any dtype into a matrix that may be wider. The kernel is for the CPU; CUDA has torch's."""
 import torch
 from torch import Tensor
 
