@@ -19,6 +19,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as synchronized_time
 
 LOST = 0.95  # below this ratio plain torch is the faster one, beyond the noise
+PATIENCE = 10.0  # seconds: a contender that takes longer than this is timed once
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -160,15 +161,18 @@ def measure(case: Case, floor: Floor) -> dict[str, Any]:
     errors = {name: case.error(f()) for name, f in contenders.items()} if case.error else {}
     watches = {name: Stopwatch(f, settings) for name, f in contenders.items()}
     # Many short bursts beat few long ones on a shared machine.
-    slowest = max(watch.once for watch in watches.values())
+    times = {name: [watch.once] for name, watch in watches.items() if watch.once > PATIENCE and name != "ours"}
+    repeated = [name for name in watches if name not in times]
+    slowest = max(watches[name].once for name in repeated)
     rounds = max(3, min(5 if settings.quick else 11, int(settings.seconds / slowest)))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times |= {name: [] for name in repeated}
     for i in range(rounds):
-        for name in list(watches)[:: -1 if i % 2 else 1]:
+        for name in repeated[:: -1 if i % 2 else 1]:
             times[name].append(watches[name].burst(settings.seconds / rounds))
     ratios = {
-        name: median(theirs / ours for theirs, ours in zip(series, times["ours"], strict=True))
-        for name, series in times.items()
+        name: median(theirs / ours for theirs, ours in zip(times[name] if name in repeated else times[name] * rounds,
+                                                           times["ours"], strict=True))
+        for name in contenders
         if name != "ours"
     }
     return {
@@ -177,7 +181,7 @@ def measure(case: Case, floor: Floor) -> dict[str, Any]:
         "shape": case.shape,
         "dtype": dtype_name(case.dtype),
         "variant": case.variant,
-        "seconds": {name: median(series) for name, series in times.items()},
+        "seconds": {name: median(times[name]) for name in contenders},
         "ratios": ratios,
         "lost": ratios.get("torch", LOST) < LOST,
         "errors": errors,

@@ -41,6 +41,14 @@ def test_a_lost_case_is_marked_and_stays(floor):
     assert result["lost"] and report.table([result]).row_count == 1
 
 
+def test_a_contender_that_takes_too_long_is_timed_once(floor, monkeypatch):
+    monkeypatch.setattr(harness, "PATIENCE", 3e-3)
+    result = harness.measure(case(peers={"peer": spin(2e-3)}), floor)
+    assert len(result["bursts"]["torch"]) == 1 and len(result["bursts"]["peer"]) == len(result["bursts"]["ours"]) > 1
+    assert list(result["seconds"]) == ["ours", "torch", "peer"]
+    assert result["ratios"]["torch"] == pytest.approx(4, rel=0.3)
+
+
 def test_contenders_are_interleaved(floor):
     order = []
 

@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -93,21 +89,7 @@ def test_bad_input():
         op(out.bfloat16(), left, right, True)
 
 
-LEVEL = """
-import torch
-from gradops.linalg.wide_matmul import wide_matmul_
-left, right, out = torch.randn(70, 45), torch.randn(45, 50).bfloat16(), torch.empty(70, 50)
-for x in (left, left.mT.contiguous().mT, left.bfloat16()):
-    for y in (right, right.mT.contiguous().mT):
-        wide_matmul_(out, x, y)
-        want = x.bfloat16().double() @ y.double(), x.double() @ y.double()
-        assert any(torch.allclose(out.double(), w, rtol=1e-5, atol=1e-5) for w in want)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("level", ["v2", "v3", "v4", "amx_twin"])
-def test_other_levels(level):
-    if level not in torch.ops.gradops.isa_levels().split():
-        pytest.skip("not in this build, or not on this machine")
-    subprocess.run([sys.executable, "-c", LEVEL], check=True, env=os.environ | {"GRADOPS_ISA": level})
+def test_other_levels(level, run_at_level):
+    run_at_level(level, "not other_levels", __file__)

@@ -43,7 +43,11 @@ def test_level(level, run_at_level):
     run_at_level(level, "cpu and (matches or masked) or long or threads", __file__)
 
 
-SHAPES = [(1, 1), (7, 3), (33, 65), (40, 200), (70, 129)]
+SHAPES = [(1, 1), (7, 3), (33, 65), (70, 129), (40, 200)]
+
+
+def shapes(ops):  # the emulator is slow, and the last shape has nothing new for the CUDA kernel
+    return SHAPES[:-1] if ops is torch.ops.gradops_emu else SHAPES
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -55,7 +59,7 @@ def test_matches_float64(backend, dtype, double, split):
         pytest.skip("refused")
     limit = SPLIT if split and dtype != torch.bfloat16 else SINGLE
     limit = 1e-13 if dtype == torch.float64 else limit
-    for tokens, n in SHAPES:
+    for tokens, n in shapes(ops):
         x = gauss(2, tokens, n, dtype=dtype).to(device)
         before = x.clone()
         h = start(2, n, dtype=torch.float64 if double else torch.float32).to(device)
@@ -70,7 +74,7 @@ def test_matches_float64(backend, dtype, double, split):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_cross_matches_float64(backend, dtype, split):
     device, ops = backend
-    for tokens, n in SHAPES:
+    for tokens, n in shapes(ops):
         x_q = gauss(2, tokens, n, dtype=dtype).to(device)
         x = (x_q.double() + 0.01 * gauss(2, tokens, n, dtype=torch.float64, seed=2).to(device)).to(dtype)
         d = start(2, n, dtype=torch.float64 if dtype == torch.float64 else torch.float32).to(device) * 0.01

@@ -20,7 +20,7 @@ def layer(bits=4, bias=True, dtype=None, **more):
 def test_forward_and_state_dict(bits, checkpoint_format):
     q, ours = layer(bits, checkpoint_format=checkpoint_format)
     x = torch.randn(2, 3, 96)
-    assert torch.equal(ours.dequantize(), q.weight)
+    assert torch.equal(ours.dequantize(), q.weight) and torch.equal(ours.weight, q.weight.to(ours.scales.dtype))
     torch.testing.assert_close(ours(x), torch.nn.functional.linear(x, q.weight, ours.bias), atol=1e-5, rtol=1e-5)
     file = io.BytesIO()
     torch.save(ours.state_dict(), file)

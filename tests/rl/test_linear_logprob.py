@@ -270,7 +270,7 @@ def test_vocabulary_over_two_processes(tmp_path):
 MEMORY = """
 import resource, torch
 from gradops.rl import linear_logprob
-n, h, v = 1024, 16, 131072
+n, h, v = 1024, 16, 65536
 dtype = torch.{dtype}
 hidden, weight = torch.randn(n, h).to(dtype).requires_grad_(), torch.randn(v, h).to(dtype).requires_grad_()
 targets = torch.randint(0, v, (n,))

@@ -101,6 +101,11 @@ class QuantizedLinear(torch.nn.Module):
         return dense_weight(torch.float32, self.qweight, self.scales, self.qzeros, self.g_idx, self.in_features,
                             self.bits, size, self.checkpoint_format == "gptq").mT.contiguous()  # fmt: skip
 
+    @property
+    def weight(self) -> Tensor:
+        """:meth:`dequantize` in the dtype of the scales, computed anew each time: for code that reads its dtype."""
+        return self.dequantize().to(self.scales.dtype)
+
     def extra_repr(self) -> str:
         version = "" if self.checkpoint_format == "gptq" else f", checkpoint_format={self.checkpoint_format!r}"
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
