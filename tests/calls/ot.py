@@ -22,6 +22,12 @@ def semidual_raw(x):
             *(None,) * 4)
 
 
+def projection(x):
+    values, _, tau = ot.sparse_simplex_projection(x, 3, 0.5 + x[..., 0].square())
+    return (values * weights(3)).sum(-1) + tau
+
+
 CALLS = {
+    "sparse_simplex_projection": Call(lambda x: (x, x[..., 0].double().square(), 3), projection),
     "semidual": Call(semidual_raw, semidual),
 }

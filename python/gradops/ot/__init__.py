@@ -2,7 +2,8 @@
 from . import reference
 from .semidual import semidual
 from .sparse_plan import SparsePlan
+from .sparse_simplex_projection import sparse_simplex_projection
 
 __all__ = [
-    "SparsePlan", "reference", "semidual",
+    "SparsePlan", "reference", "semidual", "sparse_simplex_projection",
 ]  # fmt: skip
