@@ -12,7 +12,7 @@ struct ProjectedColumn {
   int64_t kept;     // candidates that remain; their weights are positive. Of mass 0: the largest alone, weight 0
   double tau;       // of mass 0: the largest x, which is the limit; without candidates -infinity
   double smallest;  // the least x among the max_nz largest; -infinity where there were fewer candidates
-  double value;     // <x, t> - reg / 2 |t|^2
+  double value;     // <x, t> - reg / 2 |t|^2; -infinity where there is mass and no candidate
 };
 
 namespace {
@@ -63,7 +63,7 @@ GRADOPS_OT ProjectedColumn project_column(double* x, int32_t* row, int64_t count
   const double infinity = __builtin_inf();
   double largest = -infinity, smallest = -infinity;
   for (int64_t i = 0; i < count; ++i) largest = x[i] > largest ? x[i] : largest;
-  if (!(largest > -infinity)) return {0, -infinity, -infinity, 0.};
+  if (!(largest > -infinity)) return {0, -infinity, -infinity, mass > 0 ? -infinity : 0.};
   if (count > max_nz) {
     smallest = keep_largest(x, row, count, max_nz);
     count = max_nz;

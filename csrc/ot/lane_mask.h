@@ -37,10 +37,11 @@ namespace {
 #endif
 }
 
-// a > b ? a : b and a < b ? a : b, which gcc does not make one instruction of: b where one is NaN.
+// a > b ? a : b and a < b ? a : b, which gcc does not make one instruction of: b where one is NaN. (Its unmasked
+// intrinsics warn of variables of their own.)
 [[gnu::always_inline]] inline Vec<float> greater(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
-  return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+  return (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
 #elif defined(__AVX2__)
   return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
 #else
@@ -49,7 +50,7 @@ namespace {
 }
 [[gnu::always_inline]] inline Vec<float> lesser(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
-  return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
+  return (Vec<float>)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
 #elif defined(__AVX2__)
   return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b);
 #else
@@ -58,7 +59,7 @@ namespace {
 }
 [[gnu::always_inline]] inline Vec<double> greater(Vec<double> a, Vec<double> b) {
 #if defined(__AVX512F__)
-  return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
+  return (Vec<double>)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
 #elif defined(__AVX2__)
   return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
 #else
@@ -67,7 +68,7 @@ namespace {
 }
 [[gnu::always_inline]] inline Vec<double> lesser(Vec<double> a, Vec<double> b) {
 #if defined(__AVX512F__)
-  return (Vec<double>)_mm512_min_pd((__m512d)a, (__m512d)b);
+  return (Vec<double>)_mm512_maskz_min_pd(0xff, (__m512d)a, (__m512d)b);
 #elif defined(__AVX2__)
   return (Vec<double>)_mm256_min_pd((__m256d)a, (__m256d)b);
 #else

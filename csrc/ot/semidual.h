@@ -24,7 +24,7 @@ struct SemidualTask {  // a batch of problems; every array has the batch in fron
   double *value, *grad;  // 1, n
   int64_t width;         // of the plan: entries of a column that are stored
   int64_t* index;        // (m, width), ascending; 0 where unused
-  double* weight;        // (m, width); 0 where unused
+  double* weight;        // (m, width); 0 where unused; NaN where a column needs more than width
   double* tau;           // m
   int64_t* kept;         // m: entries of the column, stored or not; its one entry has weight 0 where b is 0
 

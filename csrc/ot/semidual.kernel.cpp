@@ -84,7 +84,7 @@ bool usable(const double* x, int64_t count) {  // neither NaN nor +infinity
 void store(const SemidualColumns& t, int64_t j, const ProjectedColumn& p, const double* weight, const int32_t* row) {
   for (int64_t r = 0; r < t.width; ++r) {
     t.index[j * t.width + r] = r < p.kept ? row[r] : 0;
-    t.weight[j * t.width + r] = r < p.kept ? weight[r] : 0;
+    t.weight[j * t.width + r] = p.kept > t.width ? __builtin_nan("") : r < p.kept ? weight[r] : 0;
   }
   t.kept[j] = p.kept;
   t.tau[j] = p.tau;
@@ -181,6 +181,8 @@ bool finish(const SemidualColumns& t, int64_t j, int64_t columns, int64_t* again
       p.kept += weight[r * W] > 0;
     }
     for (int64_t r = p.kept; r < t.width; ++r) index_out[r] = 0, weight_out[r] = 0;
+    if (p.kept > t.width)
+      for (int64_t r = 0; r < t.width; ++r) weight_out[r] = __builtin_nan("");
     t.kept[c] = p.kept;
     t.tau[c] = p.tau;
     t.omega[c] = p.value;

@@ -39,12 +39,11 @@ def check_costs(M: Tensor | None, x: Tensor | None, y: Tensor | None, metric: st
     check_one_of(metric, "metric", ("sqeuclidean",))
     if (M is None) == (x is None and y is None):
         raise ValueError("the costs must be given either as M or as points x and y")
-    for name, t in (("M", M), ("x", x), ("y", y)):
-        if M is None or name == "M":
-            check_floating(t, name)
-            assert t is not None
-            if t.dim() < 2:
-                raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(t.shape)}")
+    for name, t in [("M", M)] if M is not None else [("x", x), ("y", y)]:
+        check_floating(t, name)
+        assert t is not None
+        if t.dim() < 2:
+            raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(t.shape)}")
     if M is None:
         assert x is not None and y is not None
         if x.shape[-1] != y.shape[-1]:

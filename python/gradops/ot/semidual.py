@@ -78,7 +78,7 @@ def semidual(
 
     Differentiable to any order, in both modes, in ``alpha``, ``a``, ``b`` and the costs, with the plan's support and the
     choice of the k largest held fixed: exact where no two candidates tie, one of the one-sided derivatives where they
-    do. The derivative of ``value`` is the envelope theorem's: ``grad`` in ``alpha``, ``-plan`` in ``M``, ``alpha`` in
+    do. The derivative of ``value`` is the envelope theorem's: ``grad`` in ``alpha``, ``plan`` in ``M``, ``alpha`` in
     ``a``, ``-tau`` in ``b``.
 
     The semi-dual of Blondel, Seguy and Rolet (2018, section 4) with the sparsity constraint of Liu, Puigcerver and
