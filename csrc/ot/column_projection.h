@@ -80,7 +80,7 @@ GRADOPS_OT ProjectedColumn project_column(double* x, int32_t* row, int64_t count
   }
   // tau from below: of a set that holds the support, (sum - reg mass) / size is at most tau (Michelot).
   const double scaled = reg * mass;
-  double tau = -scaled;
+  double tau = -scaled, last = tau;
   int64_t kept = -1;
   for (int64_t before = count + 1; kept != before;) {
     before = kept;
@@ -90,9 +90,10 @@ GRADOPS_OT ProjectedColumn project_column(double* x, int32_t* row, int64_t count
       const double y = x[i] - largest;
       if (y > tau) sum += y, ++kept;
     }
-    const double higher = (sum - scaled) / double(kept);
-    tau = higher > tau ? higher : tau;  // never back: rounding cannot make it turn in a circle
+    last = (sum - scaled) / double(kept);
+    tau = last > tau ? last : tau;  // never back: rounding cannot make it turn in a circle
   }
+  tau = last;  // of the last set alone: no bit depends on the sets before it
   double value = 0;
   kept = 0;
   for (int64_t i = 0; i < count; ++i) {

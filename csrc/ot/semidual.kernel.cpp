@@ -23,24 +23,20 @@ struct Thresholds {
 Thresholds threshold(const Doubles* x, int64_t slots, Doubles scaled) {
   Doubles largest = x[0];
   for (int64_t r = 1; r < slots; ++r) largest = greater(x[r], largest);
-  Doubles tau = -scaled, before = Doubles{} + double(slots) + 1;
+  Doubles tau = -scaled, last = tau, before = Doubles{} + double(slots) + 1;
   for (int64_t turn = 0; turn <= slots; ++turn) {
-    Doubles sum = {}, size = {}, sum2 = {}, size2 = {};  // in two chains, for speed
-    for (int64_t r = 0; r < slots; r += 2) {
-      const Doubles y = x[r] - largest, z = r + 1 < slots ? x[r + 1] - largest : -scaled;
+    Doubles sum = {}, size = {};
+    for (int64_t r = 0; r < slots; ++r) {
+      const Doubles y = x[r] - largest;
       sum += y > tau ? y : Doubles{};
       size += y > tau ? Doubles{} + 1 : Doubles{};
-      sum2 += z > tau ? z : Doubles{};
-      size2 += z > tau ? Doubles{} + 1 : Doubles{};
     }
-    sum += sum2;
-    size += size2;
-    const Doubles higher = (sum - scaled) / size;
-    tau = greater(higher, tau);                           // never back; a NaN (no entry, no mass) changes nothing
+    last = (sum - scaled) / size;
+    tau = greater(last, tau);  // never back; a NaN (no entry, no mass) changes nothing
     if (not_below(size, before) == (1u << W) - 1) break;  // it never grows
     before = size;
   }
-  return {largest, tau};
+  return {largest, last};  // of the last set alone, so that no bit depends on the sets before it
 }
 
 // Bounds for W columns from j on: of entries that had gains tau + reg t then, alpha has moved since. The threshold of
