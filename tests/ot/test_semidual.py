@@ -111,7 +111,7 @@ def test_no_mass_no_entries_and_nothing_allowed(backend):
     M[::2, 9] = torch.inf
     value, grad, plan, tau = raw(ops, device, alpha, M, a, b, 0.5, 4)
     dense = plan.to_dense()
-    assert (dense[:, [3, 30, 5]] == 0).all() and tau[5] == -torch.inf and (dense[M == torch.inf] == 0).all()
+    assert (dense[:, [3, 30, 5]] == 0).all() and tau[5] == -torch.inf and (dense[torch.inf == M] == 0).all()
     torch.testing.assert_close(tau[[3, 30]], (alpha[:, None] - M.double())[:, [3, 30]].amax(0))
     torch.testing.assert_close(dense.sum(0), b, rtol=1e-14, atol=0)
     finite = [j for j in range(40) if j != 5]
@@ -211,11 +211,12 @@ def test_derivatives_in_points():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_matches_pot(k, dtype, tolerance, capsys):
     smooth = pytest.importorskip("ot.smooth")
-    alpha, M, a, b = (t.numpy() for t in problem(30, 20))
+    tensors = problem(30, 20)
+    alpha, M, a, b = (t.numpy() for t in tensors)
     regularization = smooth.SquaredL2(0.7) if k is None else smooth.SparsityConstrained(k, 0.7)
     value, grad = smooth.semi_dual_obj_grad(alpha, a, b, M, regularization)
     capsys.readouterr()  # it prints
-    out = semidual(torch.from_numpy(alpha), torch.from_numpy(M).to(dtype), torch.from_numpy(a), torch.from_numpy(b), 0.7, k)
+    out = semidual(tensors[0], tensors[1].to(dtype), tensors[2], tensors[3], 0.7, k)
     assert abs(out[0].item() - value) <= tolerance
     np.testing.assert_allclose(out[1], grad, atol=tolerance)
     plan = smooth.get_plan_from_semi_dual(alpha, b, M, regularization)
@@ -232,7 +233,8 @@ def test_costs_that_are_no_numbers(backend, bad):
             raw(ops, device, alpha, M, a, b, 1.0, 3)
         return
     value, grad, _, _ = raw(ops, device, alpha, M, a, b, 1.0, 3)
-    assert value[1].isnan() and grad[1].isnan().all() and value[[0, 2]].isfinite().all() and grad[[0, 2]].isfinite().all()
+    assert value[1].isnan() and grad[1].isnan().all()
+    assert value[[0, 2]].isfinite().all() and grad[[0, 2]].isfinite().all()
 
 
 def test_bad_input():

@@ -95,10 +95,11 @@ def test_sums_stay_exact_far_from_zero():
 
 def test_dim_strides_and_a_broadcast_z():
     X = vectors(4, 30, 5).float()
-    values, indices, tau = sparse_simplex_projection(X, 4, torch.tensor([[1.0], [2.0], [0.5], [0.1]]), dim=1)
+    z = [1.0, 2.0, 0.5, 0.25]
+    values, indices, tau = sparse_simplex_projection(X, 4, torch.tensor(z)[:, None], dim=1)
     for i in range(4):
         for j in range(5):
-            alone = sparse_simplex_projection(X[i, :, j], 4, [1.0, 2.0, 0.5, 0.1][i] if i != 3 else float(np.float32(0.1)))
+            alone = sparse_simplex_projection(X[i, :, j], 4, z[i])
             assert torch.equal(values[i, :, j], alone[0]) and torch.equal(indices[i, :, j], alone[1])
             assert torch.equal(tau[i, j], alone[2])
     whole, order, _ = sparse_simplex_projection(X)

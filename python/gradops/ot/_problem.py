@@ -27,11 +27,20 @@ class Costs(NamedTuple):
         return self.x.shape[-2], self.y.shape[-2]
 
     @property
-    def batch(self) -> tuple[int, ...]:
-        return torch.broadcast_shapes(*(t.shape[:-2] for t in self.tensors))
+    def batches(self) -> list[torch.Size]:
+        return [t.shape[:-2] for t in self.tensors]
 
-    def expand(self, batch: tuple[int, ...]) -> "Costs":
-        return Costs(*(None if t is None else t.expand(*batch, *t.shape[-2:]) for t in self))
+
+def common_batch(*shapes: torch.Size) -> tuple[int, ...]:
+    """What these leading dimensions broadcast to; quickly where they are all alike."""
+    if all(shape == shapes[0] for shape in shapes):
+        return tuple(shapes[0])
+    return tuple(torch.broadcast_shapes(*shapes))
+
+
+def in_batch(t: Tensor, batch: tuple[int, ...], own: int) -> Tensor:
+    """t with these leading dimensions, and the `own` last ones that it has."""
+    return t if t.shape[:-own] == batch else t.expand(*batch, *t.shape[-own:])
 
 
 def check_costs(M: Tensor | None, x: Tensor | None, y: Tensor | None, metric: str) -> Costs:

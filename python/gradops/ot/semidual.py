@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._checks import may_look
 from .._op import needs_derivative, register
-from ._problem import Costs, check_costs, check_max_nz, check_reg, check_weights
+from ._problem import Costs, check_costs, check_max_nz, check_reg, check_weights, common_batch, in_batch
 from .sparse_plan import SparsePlan
 
 
@@ -43,8 +43,8 @@ def semidual(
     with :math:`\gamma` = ``reg`` and k = ``max_nz``. The maximum is a solution of transport with those costs plus
     :math:`\gamma/2\,\|T\|^2`; without ``max_nz`` this is quadratically regularised transport, and with it a relaxation
     of the problem with at most k entries per column. Column j of the plan is
-    :math:`t_{ij} = (\alpha_i - c_{ij} - \tau_j)_+/\gamma` on the k largest of :math:`\alpha_i - c_{ij}` (ties: the lowest
-    rows), so columns sum to ``b`` and rows need not sum to ``a``: the gradient, ``a`` minus the row sums, says by how
+    :math:`t_{ij} = (\alpha_i - c_{ij} - \tau_j)_+/\gamma` on the k largest of :math:`\alpha_i - c_{ij}` (ties: the
+    lowest rows), so columns sum to ``b`` and rows need not sum to ``a``: the gradient, ``a`` minus the row sums, says by how
     much.
 
     One pass over the costs: entries are compared with a threshold where they lie, in the costs' own precision, and the
@@ -66,7 +66,7 @@ def semidual(
             where looking at the numbers would make the device wait or break a graph (CUDA, torch.compile, torch.func).
 
     Returns:
-        ``(value, grad, plan, tau)``: D ``(...)``; its gradient ``(..., n)``; a `SparsePlan`; the thresholds ``(..., m)``.
+        ``(value, grad, plan, tau)``: D ``(...)``; its gradient ``(..., n)``; a `SparsePlan`; thresholds ``(..., m)``.
         All numbers are float64. A column with ``b_j = 0`` has no mass and ``tau_j`` the largest of
         :math:`\alpha_i - c_{ij}`; one without a finite cost has ``tau_j = -inf``, and makes D infinite if it has mass.
 
@@ -76,8 +76,8 @@ def semidual(
             finite, a weight is negative, costs hold NaN or ``-inf``, or ``width`` is too small. On CUDA the items
             concerned are NaN instead.
 
-    Differentiable to any order, in both modes, in ``alpha``, ``a``, ``b`` and the costs, with the plan's support and the
-    choice of the k largest held fixed: exact where no two candidates tie, one of the one-sided derivatives where they
+    Differentiable to any order, in both modes, in ``alpha``, ``a``, ``b`` and the costs, with the plan's support held
+    fixed: exact where no two candidates tie for a place in it, one of the one-sided derivatives where they
     do. The derivative of ``value`` is the envelope theorem's: ``grad`` in ``alpha``, ``plan`` in ``M``, ``alpha`` in
     ``a``, ``-tau`` in ``b``.
 
@@ -102,13 +102,14 @@ def semidual(
     check_max_nz(max_nz)
     if width is not None and width < 1:
         raise ValueError(f"width must be at least 1, or None, got {width}")
-    batch = torch.broadcast_shapes(alpha.shape[:-1], a.shape[:-1], b.shape[:-1], costs.batch)
+    batch = common_batch(alpha.shape[:-1], a.shape[:-1], b.shape[:-1], *costs.batches)
     state = _state(warm, batch, n, m)
-    costs = costs.expand(batch)
-    alpha, a, b = (t.to(torch.float64).expand(*batch, t.shape[-1]) for t in (alpha, a, b))
+    costs = Costs(*(t if t is None else in_batch(t, batch, 2) for t in costs))
+    alpha, a, b = (in_batch(t if t.dtype == torch.float64 else t.double(), batch, 1) for t in (alpha, a, b))
     most = n if max_nz is None else min(max_nz, n)
-    known = all(may_look(t) for t in (alpha, a, b, *costs.tensors))
-    slots = width if width is not None else min(n, 32) if known and most == n else most
+    open_width = width < most if width is not None else most == n  # columns may need more slots than these
+    known = open_width and all(may_look(t) for t in (alpha, a, b, *costs.tensors))
+    slots = width if width is not None else min(n, 32) if known else most
 
     def run(slots: int, *state: Tensor | None) -> tuple[Tensor, ...]:
         return _evaluate(alpha, *costs, a, b, float(reg), most, slots, *state)
@@ -119,7 +120,7 @@ def semidual(
         if width is not None and widest > width:
             raise ValueError(f"width must be at least {widest}, the entries of the plan's fullest column, got {width}")
         if widest > slots:
-            value, grad, index, weight, tau, kept = run(widest, alpha, index, weight, tau)
+            value, grad, index, weight, tau, kept = run(widest, None, None, None, None)
         elif width is None:
             index, weight = index[..., :widest], weight[..., :widest]
     return value, grad, SparsePlan(index, weight, (*batch, n, m)), tau

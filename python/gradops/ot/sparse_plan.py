@@ -50,6 +50,6 @@ class SparsePlan:
             ValueError: the plan is a batch, whose items differ in their number of entries.
         """
         if len(self.shape) != 2:
-            raise ValueError(f"to_csr needs the plan of one problem, of shape (n, m), got {self.shape}; take an item, as "
+            raise ValueError(f"to_csr needs the plan of one problem, of shape (n, m), got {self.shape}; take an item, "
                              "SparsePlan(plan.indices[i], plan.values[i], plan.shape[1:])")
         return self.to_torch_sparse().to_sparse_csr()
