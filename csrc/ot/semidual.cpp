@@ -58,8 +58,13 @@ void cpu::semidual(const SemidualTask& t, void* workspace, void*) {
                    const int64_t item = k / blocks.count, begin = k % blocks.count * blocks.columns;
                    const int64_t end = begin + blocks.columns < t.m ? begin + blocks.columns : t.m, at = item * t.m;
                    const int64_t shift = begin * blocks.capacity;
-                   const ColumnScan scan{t.cost(item), t.alpha + item * t.n, low + at,     rows + t.n - shift,
-                                         count + at,   blocks.capacity,      lists - shift};
+                   const ColumnScan scan{cost_of(t, item, element_size(t.element)),
+                                         t.alpha + item * t.n,
+                                         low + at,
+                                         rows + t.n - shift,
+                                         count + at,
+                                         blocks.capacity,
+                                         lists - shift};
                    const SemidualColumns columns{scan,
                                                  t.b + at,
                                                  t.reg,

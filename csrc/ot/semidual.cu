@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kColumns, slice = threadIdx.x / kColumns;
   const int64_t item = blockIdx.x / tiles, j = blockIdx.x % tiles * kColumns + lane, column = item * t.m + j;
   const bool mine = j < t.m;
-  const Cost cost = t.cost(item);
+  const Cost cost = cost_of(t, item, sizeof(T));
   const double* alpha = t.alpha + item * t.n;
   const int64_t rows = (t.n + kSlices - 1) / kSlices, begin = slice * rows,
                 end = begin + rows < t.n ? begin + rows : t.n;

@@ -27,15 +27,24 @@ struct SemidualTask {  // a batch of problems; every array has the batch in fron
   double* weight;        // (m, width); 0 where unused; NaN where a column needs more than width
   double* tau;           // m
   int64_t* kept;         // m: entries of the column, stored or not; its one entry has weight 0 where b is 0
-
-  Cost cost(int64_t item) const {
-    const int64_t size = element_size(element);
-    const auto at = [=](const void* p, int64_t k) {
-      return p ? static_cast<const char*>(p) + item * k * size : nullptr;
-    };
-    return {at(matrix, n * m), at(x, n * d), at(y, m * d), element, n, m, d};
-  }
 };
+
+namespace {
+
+GRADOPS_OT Cost cost_of(const SemidualTask& t, int64_t item, int64_t size_of_number) {
+  const int64_t bytes = item * size_of_number;
+  const char *matrix = static_cast<const char*>(t.matrix), *x = static_cast<const char*>(t.x),
+             *y = static_cast<const char*>(t.y);
+  return {matrix ? matrix + bytes * t.n * t.m : nullptr,
+          matrix ? nullptr : x + bytes * t.n * t.d,
+          matrix ? nullptr : y + bytes * t.m * t.d,
+          t.element,
+          t.n,
+          t.m,
+          t.d};
+}
+
+}  // namespace
 
 struct SemidualColumns {  // of one item
   ColumnScan scan;        // its lists belong to the columns of one call

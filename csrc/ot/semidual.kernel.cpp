@@ -32,7 +32,7 @@ Thresholds threshold(const Doubles* x, int64_t slots, Doubles scaled) {
       size += y > tau ? Doubles{} + 1 : Doubles{};
     }
     last = (sum - scaled) / size;
-    tau = greater(last, tau);  // never back; a NaN (no entry, no mass) changes nothing
+    tau = greater(last, tau);                             // never back; a NaN (no entry, no mass) changes nothing
     if (not_below(size, before) == (1u << W) - 1) break;  // it never grows
     before = size;
   }

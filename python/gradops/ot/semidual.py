@@ -44,8 +44,8 @@ def semidual(
     :math:`\gamma/2\,\|T\|^2`; without ``max_nz`` this is quadratically regularised transport, and with it a relaxation
     of the problem with at most k entries per column. Column j of the plan is
     :math:`t_{ij} = (\alpha_i - c_{ij} - \tau_j)_+/\gamma` on the k largest of :math:`\alpha_i - c_{ij}` (ties: the
-    lowest rows), so columns sum to ``b`` and rows need not sum to ``a``: the gradient, ``a`` minus the row sums, says by how
-    much.
+    lowest rows), so columns sum to ``b`` and rows need not sum to ``a``: the gradient, ``a`` minus the row sums, says
+    by how much.
 
     One pass over the costs: entries are compared with a threshold where they lie, in the costs' own precision, and the
     few that can matter are finished in float64.
