@@ -98,14 +98,15 @@ __device__ double warm_bound(const SemidualTask& t, int64_t item, int64_t j, dou
 
 template <class T, bool kPoints>
 __global__ void __launch_bounds__(kThreads)
-    columns(const __grid_constant__ SemidualTask t, const __grid_constant__ Lists l, int64_t tiles) {
+    columns(const __grid_constant__ SemidualTask t, const __grid_constant__ Lists l, int64_t tiles,
+            int64_t size_of_number) {
   __shared__ double lows[kColumns];
   __shared__ int32_t counts[kSlices][kColumns];
   __shared__ int bad[kColumns], pending;
   const int lane = threadIdx.x % kColumns, slice = threadIdx.x / kColumns;
   const int64_t item = blockIdx.x / tiles, j = blockIdx.x % tiles * kColumns + lane, column = item * t.m + j;
   const bool mine = j < t.m;
-  const Cost cost = cost_of(t, item, sizeof(T));
+  const Cost cost = cost_of(t, item, size_of_number);
   const double* alpha = t.alpha + item * t.n;
   const int64_t rows = (t.n + kSlices - 1) / kSlices, begin = slice * rows,
                 end = begin + rows < t.n ? begin + rows : t.n;
@@ -216,12 +217,15 @@ void cuda::semidual(const SemidualTask& t, void* workspace, void* stream) {
   const Lists lists(t, workspace);
   const int64_t tiles = (t.m + kColumns - 1) / kColumns;
   launch(prepare, blocks(t.batch), kThreads, 0, stream, t, lists);
-  if (tiles > 0)
-    with_device_type(t.element, [&](auto type) {
-      using T = decltype(type);
-      launch(t.matrix ? columns<T, false> : columns<T, true>, blocks(t.batch * tiles), kThreads, 0, stream, t, lists,
-             tiles);
-    });
+  if (tiles > 0) {
+    const auto run = [&](auto kernel) {
+      launch(kernel, blocks(t.batch * tiles), kThreads, 0, stream, t, lists, tiles, element_size(t.element));
+    };
+    if (t.matrix)
+      with_device_type(t.element, [&](auto type) { run(columns<decltype(type), false>); });
+    else
+      run(columns<double, true>);  // the type of points is looked up at run time
+  }
   launch(finish, blocks(t.batch), kThreads, 0, stream, t, lists);
 }
 
