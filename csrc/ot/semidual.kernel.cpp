@@ -8,6 +8,7 @@ namespace gradops::GRADOPS_ISA {
 namespace {
 
 constexpr int W = kLanes<double>;
+constexpr int64_t kProbe = 64;      // columns that show whether a warm start is near enough
 constexpr int64_t kManyAgain = 16;  // columns for which another pass over all beats a look at each
 constexpr int64_t kRanksAtOnce = 32;
 using Doubles = Vec<double>;
@@ -186,15 +187,30 @@ bool finish(const SemidualColumns& t, int64_t j, int64_t columns, int64_t* again
   return true;
 }
 
+// Whether these columns' bounds let few entries pass: not so where alpha has moved far.
+bool serve(const ColumnScan& s, int64_t begin, int64_t end) {
+  scan_columns(s, begin, end);
+  int64_t full = 0;
+  for (int64_t j = begin; j < end; ++j) full += s.count[j] > s.capacity / 2;
+  return 4 * full < end - begin;
+}
+
 }  // namespace
 
 int64_t semidual_columns(const SemidualColumns& t, int64_t begin, int64_t end) {
   const ColumnScan& s = t.scan;
   for (int64_t j = begin; j < end; ++j) t.scaled_mass[j] = t.reg * t.b[j];
-  if (t.warm_index)
+  if (t.warm_index) {
     for (int64_t j = begin; j < end; j += W) warm_bounds(t, j, end - j < W ? end - j : W);
-  else
+    if (end - begin > kProbe && !serve(s, begin, begin + kProbe)) {
+      double low[kMostColumns];
+      for (int64_t j = begin; j < end; ++j) low[j - begin] = s.low[j];
+      scan_bounds(s, t.scaled_mass, t.max_nz, begin, end);
+      for (int64_t j = begin; j < end; ++j) s.low[j] = s.low[j] > low[j - begin] ? s.low[j] : low[j - begin];
+    }
+  } else {
     scan_bounds(s, t.scaled_mass, t.max_nz, begin, end);
+  }
   int64_t again[kMostColumns], agains = 0;
   scan_columns(s, begin, end);
   for (int64_t j = begin; j < end; j += W)

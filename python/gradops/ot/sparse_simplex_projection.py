@@ -34,9 +34,9 @@ def sparse_simplex_projection(X: Tensor, max_nz: int | None = None, z: float | T
     Returns:
         ``(values, indices, tau)``. ``values`` and ``indices`` have min(max_nz, size) entries along ``dim``: the
         positive ones, of equal entries of x those with the lowest indices, and where there are fewer, zeros with the
-        lowest indices of the rest. Indices ascend, so that without ``max_nz`` ``values`` is the projection itself. ``tau`` is
-        the threshold, of the shape of X without ``dim``. ``values`` and ``tau`` have X's dtype; arithmetic is in
-        float64. A vector with NaN or ``+inf``, or without a finite entry, gives NaN.
+        lowest indices of the rest. Indices ascend, so that without ``max_nz`` ``values`` is the projection itself.
+        ``tau`` is the threshold, of the shape of X without ``dim``. ``values`` and ``tau`` have X's dtype; arithmetic
+        is in float64. A vector with NaN or ``+inf``, or without a finite entry, gives NaN.
 
     Raises:
         TypeError: X or z is no dense real floating-point tensor.
