@@ -4,7 +4,8 @@
 //   team.each(count, f)              f(i), independent of each other; everyone waits at the end
 //   team.sum(count, f) -> double     a fixed tree: the same bits for any number of threads; every thread gets it
 //   team.largest(count, f) -> double -infinity for count = 0
-//   team.columns(count, f)           f(j, lanes): CPU a plain call; CUDA a warp per column, whose lanes all call f
+//   team.columns(count, work, f)     f(j, lanes): CPU a plain call; CUDA a warp per column, whose lanes all call f;
+//                                    work: about how many numbers one call touches, which decides about threads
 //   team.once(f)                     one thread, then everyone waits
 //   team.pieces(columns) -> int64_t  into how many pieces sums that scatter over rows are cut; by size only
 //   team.bounds(scan, scaled)        for every column: low becomes a lower bound of its threshold, -infinity if empty
@@ -14,7 +15,8 @@
 //   lanes.each(count, f)                              f(k)
 //   lanes.sum(count, f), lanes.largest(count, f)      every lane gets it
 //   lanes.above(count, x, level, number) -> double    sum of x(k) - level over x(k) > level; number: how many
-//   lanes.keep(count, wanted, put) -> int64_t         put(k, place) for the wanted k, in order; how many
+//   lanes.keep(count, load, wanted, put) -> int64_t   put(v, place) of the wanted v = load(k), in order; how many. It
+//                                                     may move entries to the front of their own array
 //   lanes.once(f)                                     one lane, then all wait
 //   lanes.wait()                                      what other lanes wrote before is seen after
 //

@@ -68,14 +68,14 @@ struct Evaluation {
 // Outside of column j's list alpha_i - c_ij <= low_j at past alpha number epoch_j; so now it is <= low_j + the largest
 // rise of alpha since then.
 struct Candidates {
-  int32_t* index;            // m x capacity
-  double* cost;              // m x capacity, shifted
-  int32_t *count, *epoch;    // m
-  double* low;               // m
-  double* past;              // kEpochs x n: alpha at the last epochs; epoch e is in slot e % kEpochs
-  double* rise;              // kEpochs: largest rise since then
-  double *scan_low, *guess;  // m: for scans; thresholds of the last evaluation
-  int32_t* scan_count;       // m: what a scan found; also marks the columns that want one
+  int32_t* index;              // m x capacity
+  double* cost;                // m x capacity, shifted
+  int32_t *count, *epoch;      // m
+  double* low;                 // m
+  double* past;                // kEpochs x n: alpha at the last epochs; epoch e is in slot e % kEpochs
+  double* rise;                // kEpochs: largest rise since then
+  double *scan_low, *guess;    // m: for scans; thresholds of the last evaluation
+  int32_t *scan_count, *mark;  // m: what a scan found; what a list needs (ot/candidates.h)
   int32_t newest;
 };
 
@@ -85,10 +85,15 @@ struct TransportState {
   Candidates lists;
   Evaluation now, trial;  // ping-pong
   double* scatter;        // pieces x n
-  int64_t pieces, evaluations, scanned;
-  double* rows[10];    // vectors of n for the algorithm
-  double* columns[2];  // vectors of m
+  int64_t pieces, evaluations;
+  int64_t list_work;         // about how long a list is
+  double scanned;            // columns
+  int64_t newton, products;  // steps tried, products with the Laplacian
+  double* rows[10];          // vectors of n for the algorithm
+  double* columns[4];        // vectors of m; the last is b
 };
+
+namespace {
 
 // Hands out a workspace in order; with a null base it only measures.
 class Carve {
@@ -107,7 +112,6 @@ class Carve {
   int64_t used_ = 0;
 };
 
-// extra_rows: more vectors of n, which an algorithm takes itself after these.
 GRADOPS_TEAM void plan_evaluation(Carve& carve, const Transport& t, Evaluation& e) {
   const int64_t n = t.cost.n, m = t.cost.m;
   e.grad = carve.take<double>(n);
@@ -129,6 +133,7 @@ GRADOPS_TEAM void plan_state(Carve& carve, const Transport& t, int64_t pieces, T
   c.scan_low = carve.take<double>(m);
   c.guess = carve.take<double>(m);
   c.scan_count = carve.take<int32_t>(m);
+  c.mark = carve.take<int32_t>(m);
   plan_evaluation(carve, t, s.now);
   plan_evaluation(carve, t, s.trial);
   s.pieces = pieces;
@@ -137,15 +142,13 @@ GRADOPS_TEAM void plan_state(Carve& carve, const Transport& t, int64_t pieces, T
   for (double*& column : s.columns) column = carve.take<double>(m);
 }
 
-// The interface between an algorithm and the evaluation (ot/evaluate.h, ot/laplacian.h), as templates over Team:
-//
-//   TransportStatus begin(team, t, s)          first: checks, shift, mass, spread, empty lists. converged = go on
-//   void start_alpha(team, t, s, alpha)        row means of the costs, or alpha0; kNever for rows without mass
-//   bool evaluate(team, t, s, alpha, reg, e)   value, grad, tau, supports at alpha; false: overflow
-//   void laplacian_degree(team, t, s, e, degree)             the diagonal of -reg Hessian
-//   void laplacian_apply(team, t, s, e, degree, lam, v, out) (-reg Hessian + lam) v
-//   double row_update(team lanes, t, s, e, i)  alpha_i of a row in no support that gives it the mass a_i at fixed tau
-//   void finish(team, t, s, alpha, e, status)  rounding, gap, outputs: what every algorithm ends with
-// Two evaluations may be kept; evaluations other than s.now and s.trial need memory of their own (plan_evaluation).
+}  // namespace
+
+// What an algorithm is made of, as templates over Team:
+//   begin, start_alpha, unreachable, row_update, finish, give_up   ot/frame.h
+//   evaluate      value, grad, tau and the plan at alpha           ot/evaluate.h
+//   laplacian_degree, laplacian_apply, conjugate_gradients         ot/laplacian.h
+//   certify                                                        ot/certificate.h
+// Two evaluations may be kept, s.now and s.trial; more need memory of their own (plan_evaluation).
 
 }  // namespace gradops
