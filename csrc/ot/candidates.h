@@ -59,7 +59,7 @@ GRADOPS_TEAM bool refresh(Team& team, const Transport& t, TransportState& s, con
   const double slack = 1e-15 * (s.shift < 0 ? -s.shift : s.shift);
   ColumnScan scan{t.cost, alpha, c.scan_low, c.index, c.scan_count, t.capacity};
   if (cold) {
-    team.each(m, [&](int64_t j) { s.columns[0][j] = reg * t.b[j]; });
+    team.each(m, [&](int64_t j) { s.columns[0][j] = reg * t.b[j], c.scan_low[j] = 0; });
     team.bounds(scan, s.columns[0], t.max_nz);
     team.each(m, [&](int64_t j) {
       if (!(t.b[j] > 0)) c.scan_low[j] = kInfinity;
