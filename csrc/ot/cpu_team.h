@@ -2,6 +2,7 @@
 #pragma once
 #include "common/parallel.h"
 #include "ot/column_scan.h"
+#include "ot/cpu_pieces.h"
 #include "ot/team.h"
 
 namespace gradops {
@@ -91,8 +92,7 @@ class CpuTeam {
   void once(const F& f) const {
     f();
   }
-  static int64_t pieces_of(int64_t n, int64_t m) { return n * m >= 1 << 20 ? 8 : 1; }
-  int64_t pieces(int64_t n, int64_t m) const { return pieces_of(n, m); }
+  int64_t pieces(int64_t n, int64_t m) const { return cpu_pieces(n, m); }
 
   void scan(const ColumnScan& t) const {
     scan_blocks(t, [&](int64_t begin, int64_t end) { GRADOPS_ISA::scan_columns(t, begin, end); });
