@@ -46,9 +46,10 @@ struct SemidualColumns {  // of one item
   int64_t* kept;
   double* omega;        // m
   double* scaled_mass;  // m
-  double* value;        // n numbers and n rows, for columns that need a second look
+  double* value;        // aligned: 8 * capacity, and n, numbers; n rows: of the columns that are being finished
   int32_t* row;
 };
+constexpr int64_t kMostColumns = 1024;  // of a call
 // The first column with a NaN or an infinite gain, or -1.
 GRADOPS_DECLARE(int64_t, semidual_columns, const SemidualColumns&, int64_t begin, int64_t end)
 
