@@ -121,24 +121,51 @@ template <class C>
   return bits;
 }
 
-// The entries of a row that are wanted, to the lists of their columns. Out of line: it is rare, and its variables
-// would push those of the search out of the registers.
-template <class C>
-[[gnu::noinline]] void append(const ColumnScan& t, int64_t i, int64_t j, int64_t end, uint64_t bits, const C* c) {
-  const double alpha = t.alpha[i];
-  const bool points = !t.cost.matrix;
-  const int64_t capacity = t.capacity;
-  int32_t *count = t.count + j, *index = t.index + j * capacity;
-  double* value = t.value ? t.value + j * capacity : nullptr;
-  for (; bits; bits &= bits - 1) {
-    const int l = __builtin_ctzll(bits);
-    if (j + l >= end) break;
-    const int64_t at = count[l]++;
-    if (at >= capacity) continue;
-    index[l * capacity + at] = int32_t(i);
-    if (value) value[l * capacity + at] = alpha - (points ? cost_at(t.cost, i, j + l) : double(c[l]));
-  }
+inline void append(const ColumnScan& t, int64_t i, int64_t j) {
+  const int64_t at = t.count[j]++, to = j * t.capacity + at;
+  if (at >= t.capacity) return;
+  t.index[to] = int32_t(i);
+  if (t.value) t.value[to] = t.alpha[i] - cost_at(t.cost, i, j);
 }
+// Out of line: it is rare, and its variables would push those of the search out of the registers.
+[[gnu::noinline]] void append_bits(const ColumnScan& t, int64_t i, int64_t j, int64_t end, uint64_t bits) {
+  for (; bits; bits &= bits - 1)
+    if (const int64_t column = j + __builtin_ctzll(bits); column < end) append(t, i, column);
+}
+
+// The wanted columns of one row. Where most tiles have some, a branch for each would be guessed wrong half the time:
+// then all are written down first, without a branch.
+struct RowHits {
+  static constexpr bool kCanList = kVectorBytes == 64;
+  int64_t row = -1, count = 0, listed = 0;
+  bool list = false;
+  alignas(64) int32_t columns[kCollectColumns + 16];
+
+  [[gnu::noinline]] void next(const ColumnScan& t, int64_t i, int64_t begin, int64_t end) {
+    for (int64_t p = 0; p < listed; ++p)
+      if (columns[p] < end) append(t, row, columns[p]);
+    list = kCanList && t.cost.matrix && 2 * (count + listed) > (end - begin) / kTile;
+    row = i;
+    count = listed = 0;
+  }
+  [[gnu::always_inline]] void add(int64_t j, const float* c, float alpha, const float* low) {
+#if defined(__AVX512F__)
+    __m512i lane = _mm512_add_epi32(_mm512_set1_epi32(int(j)),
+                                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    __mmask16 lanes[4];
+    for (int v = 0; v < 4; ++v) lanes[v] = __mmask16(not_below(alpha - load(c + 16 * v), load(low + 16 * v)));
+    int32_t* to = columns + listed;  // a copy: the compiler cannot keep the member in a register
+    for (int v = 0; v < 4; ++v) {
+      _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(lanes[v], lane));
+      to += __builtin_popcount(lanes[v]);
+      lane = _mm512_add_epi32(lane, _mm512_set1_epi32(16));
+    }
+    listed = to - columns;
+#else
+    (void)j, (void)c, (void)alpha, (void)low;
+#endif
+  }
+};
 
 template <class T, class C>
 void collect(const ColumnScan& t, int64_t begin, int64_t end) {
@@ -148,17 +175,24 @@ void collect(const ColumnScan& t, int64_t begin, int64_t end) {
     round_down(t.low[j], low[j - begin]);
     t.count[j] = 0;
   }
+  RowHits hits;
   each_tile<T, C>(
       t.cost, begin, end, false,
       [&](int64_t i) {
         C alpha;
         round_up(t.cost.matrix ? t.alpha[i] : t.alpha[i] + 0x1p-120, alpha);
+        hits.next(t, i, begin, end);
         return alpha;
       },
       [&](int64_t i, C alpha, int64_t j, const C* c) {
+        if constexpr (sizeof(C) == 4)
+          if (hits.list) return hits.add(j, c, alpha, low + (j - begin));
         const uint64_t bits = wanted(c, alpha, low + (j - begin));
-        if (bits) append(t, i, j, end, bits, c);
+        if (!bits) return;
+        hits.count += __builtin_popcountll(bits);
+        append_bits(t, i, j, end, bits);
       });
+  hits.next(t, -1, begin, end);
 }
 
 // Of every column the largest entries of `groups` sets of rows. The k-th largest of these, and the threshold that they

@@ -10,8 +10,8 @@
 namespace gradops {
 namespace {
 
-// A block of columns is scanned by one thread; blocks do not depend on the number of threads. Wide ones read long pieces
-// of rows. Of a list, only what is used is touched.
+// A block of columns is scanned by one thread; blocks do not depend on the number of threads. Wide ones read long
+// pieces of rows. Of a list, only what is used is touched.
 constexpr int64_t kListBytes = 16 << 20;
 
 struct Blocks {
@@ -64,7 +64,10 @@ void cpu::semidual(const SemidualTask& t, void* workspace, void*) {
                                                  t.b + at,
                                                  t.reg,
                                                  t.max_nz,
-                                                 t.warm ? t.warm + at * t.warm_width : nullptr,
+                                                 t.warm_index ? t.warm_alpha + item * t.n : nullptr,
+                                                 t.warm_index ? t.warm_index + at * t.warm_width : nullptr,
+                                                 t.warm_index ? t.warm_weight + at * t.warm_width : nullptr,
+                                                 t.warm_index ? t.warm_tau + at : nullptr,
                                                  t.warm_width,
                                                  t.width,
                                                  t.index + at * t.width,

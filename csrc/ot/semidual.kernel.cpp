@@ -36,27 +36,30 @@ Thresholds threshold(const Doubles* x, int64_t slots, Doubles scaled) {
     sum += sum2;
     size += size2;
     const Doubles higher = (sum - scaled) / size;
-    tau = greater(higher, tau);  // never back; a NaN (no entry, no mass) changes nothing
+    tau = greater(higher, tau);                           // never back; a NaN (no entry, no mass) changes nothing
     if (not_below(size, before) == (1u << W) - 1) break;  // it never grows
     before = size;
   }
   return {largest, tau};
 }
 
-// Bounds for W columns from j on, from the rows of an earlier support: the threshold of any set of entries, and its
-// max_nz-th largest, are at most those of all entries.
+// Bounds for W columns from j on: of entries that had gains tau + reg t then, alpha has moved since. The threshold of
+// any set of entries, and its max_nz-th largest, are at most those of all. (If the costs are others now, the bound may
+// be too high: `finish` sees that.)
 void warm_bounds(const SemidualColumns& t, int64_t j, int64_t columns) {
-  const Cost& cost = t.scan.cost;
   const int64_t most = t.warm_width < t.max_nz ? t.warm_width : t.max_nz;
   Doubles *x = reinterpret_cast<Doubles*>(t.value), scaled = {}, least = Doubles{} + __builtin_inf();
   int64_t count[W] = {};
   for (int64_t r = 0; r < most; ++r) x[r] = Doubles{} - __builtin_inf();
   for (int64_t l = 0; l < columns; ++l) {
-    const int64_t* rows = t.warm + (j + l) * t.warm_width;
+    const int64_t* rows = t.warm_index + (j + l) * t.warm_width;
+    const double* weight = t.warm_weight + (j + l) * t.warm_width;
+    double* to = reinterpret_cast<double*>(x) + l;
+    const double tau = t.warm_tau[j + l];
     int64_t r = 0;
-    for (int64_t last = -1; r < most && rows[r] > last && rows[r] < cost.n; ++r) {  // distinct rows
+    for (int64_t last = -1; r < most && rows[r] > last && rows[r] < t.scan.cost.n; ++r) {  // distinct rows
       last = rows[r];
-      reinterpret_cast<double*>(x + r)[l] = t.scan.alpha[last] - cost_at(cost, last, j + l);
+      to[r * W] = tau + t.reg * weight[r] + (t.scan.alpha[last] - t.warm_alpha[last]);
     }
     count[l] = r;
     scaled[l] = t.scaled_mass[j + l];
@@ -66,6 +69,7 @@ void warm_bounds(const SemidualColumns& t, int64_t j, int64_t columns) {
   for (int64_t l = 0; l < columns; ++l) {
     double low = found.largest[l] + found.tau[l] - scaled[l] * 0x1p-48;
     if (count[l] == t.max_nz && least[l] > low) low = least[l];
+    low -= (__builtin_fabs(t.warm_tau[j + l]) + __builtin_fabs(low)) * 0x1p-48;
     low = below(low);
     t.scan.low[j + l] = low > -__builtin_inf() && low < __builtin_inf() ? low : -__builtin_inf();
   }
@@ -189,30 +193,29 @@ bool finish(const SemidualColumns& t, int64_t j, int64_t columns, int64_t* again
 int64_t semidual_columns(const SemidualColumns& t, int64_t begin, int64_t end) {
   const ColumnScan& s = t.scan;
   for (int64_t j = begin; j < end; ++j) t.scaled_mass[j] = t.reg * t.b[j];
-  if (t.warm && t.warm_width > 0)
+  if (t.warm_index)
     for (int64_t j = begin; j < end; j += W) warm_bounds(t, j, end - j < W ? end - j : W);
   else
     scan_bounds(s, t.scaled_mass, t.max_nz, begin, end);
   int64_t again[kMostColumns], agains = 0;
-  for (int pass = 0; pass < 4; ++pass) {
-    scan_columns(s, begin, end);
-    if (pass == 0) {
-      for (int64_t j = begin; j < end; j += W)
-        if (!finish(t, j, end - j < W ? end - j : W, again, agains)) return j;
-    } else {
-      const int64_t before = agains;
-      agains = 0;
-      for (int64_t k = 0; k < before; ++k)
-        if (!finish(t, again[k], 1, again, agains)) return again[k];
+  scan_columns(s, begin, end);
+  for (int64_t j = begin; j < end; j += W)
+    if (!finish(t, j, end - j < W ? end - j : W, again, agains)) return j;
+  for (int pass = 0; pass < 3 && agains >= kManyAgain; ++pass) {
+    double low[kMostColumns];
+    const int64_t before = agains;
+    for (int64_t k = 0; k < before; ++k) low[k] = s.low[again[k]];
+    if (pass == 0) scan_bounds(s, t.scaled_mass, t.max_nz, begin, end);
+    for (int64_t j = begin, k = 0; j < end; ++j) {
+      if (k == before || again[k] != j)
+        s.low[j] = __builtin_inf();  // done
+      else if (!(s.low[j] > low[k++]) || pass > 0)
+        s.low[j] = low[k - 1];
     }
-    if (agains < kManyAgain) break;
-    if (pass == 3) break;
-    int64_t k = 0;
-    for (int64_t j = begin; j < end; ++j)  // the columns that are done ask for nothing
-      if (k < agains && again[k] == j)
-        ++k;
-      else
-        s.low[j] = __builtin_inf();
+    scan_columns(s, begin, end);
+    agains = 0;
+    for (int64_t k = 0; k < before; ++k)
+      if (!finish(t, again[k], 1, again, agains)) return again[k];
   }
   for (int64_t k = 0; k < agains; ++k)
     if (!look_again(t, again[k])) return again[k];

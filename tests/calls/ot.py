@@ -19,7 +19,7 @@ def semidual_raw(x):
     n, m = x.shape[-2:]
     batch = x.shape[:-2]
     return (x[..., 0].double(), x, None, None, weights(n).expand(*batch, n), weights(m).expand(*batch, m), 0.7, 3, 3,
-            None)
+            *(None,) * 4)
 
 
 def solve(x):
