@@ -103,8 +103,8 @@ def solve(
         >>> result.status, round(float(result.value), 4)
         ('converged', 0.1667)
     """
-    refuse_derivative("solve", M=M, a=a, b=b, x=x, y=y, alpha0=alpha0)
     costs, a, b, lengths = _problem(M, a, b, x, y, n_len, m_len)
+    refuse_derivative("solve", M=M, a=a, b=b, x=x, y=y, alpha0=alpha0)
     n, m = costs.size
     check_reg(reg)
     check_max_nz(max_nz)
