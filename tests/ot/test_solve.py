@@ -81,9 +81,8 @@ def test_the_whole_table(kind, weight, reg, n, m):
             check(kind, weight, n, m, reg, dtype, seed)
 
 
-@pytest.mark.parametrize("kind", COSTS)
-def test_is_the_reference(kind):
-    M, a, b = costs(kind, 20, 30), weights("random", 20), weights("random", 30, 1)
+def test_is_the_reference():
+    M, a, b = costs("gauss", 12, 15), weights("random", 12), weights("random", 15, 1)
     for reg in (3.0, 0.1):
         plan, _, _ = reference.solve(M, a, b, reg=reg)
         torch.testing.assert_close(solve(M, a, b, reg=reg).plan.to_dense(), plan, rtol=0, atol=1e-8)
