@@ -27,7 +27,15 @@ def projection(x):
     return (values * weights(3)).sum(-1) + tau
 
 
+def solve(x):
+    n, m = x.shape[-2:]
+    batch = x.shape[:-2]
+    return (x, None, None, torch.full((*batch, n), 1 / n, dtype=torch.float64),
+            torch.full((*batch, m), 1 / m, dtype=torch.float64), None, None, None, 0.7, 0, 1e-6, 1e-9, 1000, n)
+
+
 CALLS = {
     "sparse_simplex_projection": Call(lambda x: (x, x[..., 0].double().square(), 3), projection),
+    "solve": Call(solve, lambda x: ot.solve(x, reg=0.7).value, derivatives=0),
     "semidual": Call(semidual_raw, semidual),
 }

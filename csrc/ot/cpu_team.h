@@ -1,0 +1,189 @@
+// cpu_team.h: the team of one transport problem on the CPU (ot/team.h). For *.kernel.cpp: local to the includer.
+#pragma once
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
+
+#include "common/parallel.h"
+#include "ot/column_scan.h"
+#include "ot/cpu_pieces.h"
+#include "ot/team.h"
+
+namespace gradops {
+namespace {
+
+struct CpuLanes {  // one lane
+  template <class F>
+  void each(int64_t count, const F& f) const {
+#pragma GCC ivdep
+    for (int64_t k = 0; k < count; ++k) f(k);
+  }
+  template <class F>
+  double sum(int64_t count, const F& f) const {
+    if (count < 24) {  // most columns of a plan: too short for vectors of gathered numbers
+      double even = 0, odd = 0;
+      int64_t k = 0;
+      for (; k + 2 <= count; k += 2) even += f(k), odd += f(k + 1);
+      return k < count ? even + odd + f(k) : even + odd;
+    }
+    double s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t k = 0; k < count; ++k) s += f(k);
+    return s;
+  }
+  template <class F>
+  double largest(int64_t count, const F& f) const {
+    double s = -__builtin_huge_val();
+#pragma omp simd reduction(max : s)
+    for (int64_t k = 0; k < count; ++k) {
+      const double v = f(k);
+      s = v > s ? v : s;
+    }
+    return s;
+  }
+  template <class F>
+  double span(int64_t count, const F& f, double& least, double& most) const {
+    double s = 0, low = __builtin_huge_val(), high = -low;
+#pragma omp simd reduction(+ : s) reduction(min : low) reduction(max : high)
+    for (int64_t k = 0; k < count; ++k) {
+      const double v = f(k);
+      s += v;
+      low = v < low ? v : low;
+      high = v > high ? v : high;
+    }
+    least = low, most = high;
+    return s;
+  }
+  template <class X>
+  double above(int64_t count, const X& x, double level, int64_t& number) const {
+    double s = 0, c = 0;  // two doubles share vectors
+#pragma omp simd reduction(+ : s, c)
+    for (int64_t k = 0; k < count; ++k) {
+      const double v = x(k) - level;
+      s += v > 0 ? v : 0.;
+      c += v > 0 ? 1. : 0.;
+    }
+    number = int64_t(c);
+    return s;
+  }
+  template <class L, class W, class P>
+  int64_t keep(int64_t count, const L& load, const W& wanted, const P& put) const {
+    int64_t place = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const auto v = load(k);
+      put(v, place);  // at most at k: nothing unread is lost, and no branch is guessed
+      place += wanted(v) ? 1 : 0;
+    }
+    return place;
+  }
+  template <class F>
+  void once(const F& f) const {
+    f();
+  }
+  void wait() const {}
+};
+
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+// ot/evaluate.h has it for any lanes; this one packs eight entries at a time.
+inline int64_t keep_above(const CpuLanes&, int64_t count, const int32_t* index, double* x, double level, int32_t* row) {
+  const __m512d floor = _mm512_set1_pd(level);
+  int64_t place = 0;
+  for (int64_t k = 0; k < count; k += 8) {
+    const __mmask8 there = k + 8 <= count ? 0xff : __mmask8((1 << (count - k)) - 1);
+    const __m512d v = _mm512_sub_pd(_mm512_maskz_loadu_pd(there, x + k), floor);
+    const __mmask8 wanted = _mm512_mask_cmp_pd_mask(there, v, _mm512_setzero_pd(), _CMP_GT_OQ);
+    const int number = __builtin_popcount(wanted);
+    const __mmask8 to = __mmask8((1 << number) - 1);
+    _mm512_mask_storeu_pd(x + place, to, _mm512_maskz_compress_pd(wanted, v));
+    _mm256_mask_storeu_epi32(row + place, to,
+                             _mm256_maskz_compress_epi32(wanted, _mm256_maskz_loadu_epi32(there, index + k)));
+    place += number;
+  }
+  return place;
+}
+#endif
+
+// Threads only share what is independent item by item (each, columns) or a fixed piece (scans, scattered sums), so no
+// bit depends on their number. Sums over the vectors of a problem are short: one thread.
+class CpuTeam {
+ public:
+  // threads: false inside a parallel_for over problems.
+  explicit CpuTeam(bool threads) : threads_(threads) {}
+
+  template <class F>
+  void each(int64_t count, const F& f) const {
+    share(count, 1, [&](int64_t begin, int64_t end) {
+#pragma GCC ivdep
+      for (int64_t i = begin; i < end; ++i) f(i);
+    });
+  }
+  template <class F>
+  double sum(int64_t count, const F& f) const {
+    return CpuLanes().sum(count, f);
+  }
+  template <class F>
+  double largest(int64_t count, const F& f) const {
+    return CpuLanes().largest(count, f);
+  }
+  template <class F>
+  void columns(int64_t count, int64_t work, const F& f) const {
+    share(count, work, [&](int64_t begin, int64_t end) {
+      const CpuLanes lanes;
+      for (int64_t j = begin; j < end; ++j) f(j, lanes);
+    });
+  }
+  template <class F>
+  void once(const F& f) const {
+    f();
+  }
+  int64_t pieces(int64_t n, int64_t m) const { return cpu_pieces(n, m); }
+
+  void scan(const ColumnScan& t) const {
+    scan_blocks(t, [&](int64_t begin, int64_t end) { GRADOPS_ISA::scan_columns(t, begin, end); });
+  }
+  void bounds(const ColumnScan& t, const double* scaled, int64_t max_nz) const {
+    const int64_t most = max_nz > 0 ? max_nz : t.cost.n;
+    scan_blocks(t, [&](int64_t begin, int64_t end) { GRADOPS_ISA::scan_bounds(t, scaled, most, begin, end); });
+  }
+
+ private:
+  static constexpr int64_t kShare = 1 << 15;  // numbers that are worth a thread's while
+  // One compiled body, with or without threads: another copy of it might be vectorized into another order of sums.
+  template <class F>
+  [[gnu::noipa]] static void range(int64_t begin, int64_t end, void* f) {
+    (*static_cast<const F*>(f))(begin, end);
+  }
+  template <class F>
+  void share(int64_t count, int64_t work, const F& f) const {
+    void* context = const_cast<F*>(&f);
+    if (threads_)
+      run_parallel(0, count, (kShare + work - 1) / (work > 0 ? work : 1), range<F>, context);
+    else if (count > 0)
+      range<F>(0, count, context);
+  }
+  // Blocks of columns in which a candidate is wanted; rows of a block are whole cache lines.
+  template <class F>
+  void scan_blocks(const ColumnScan& t, const F& f) const {
+    constexpr int64_t kBlock = 64;
+    const int64_t m = t.cost.m, blocks = (m + kBlock - 1) / kBlock;
+    share(blocks, t.cost.n * kBlock, [&](int64_t begin, int64_t end) {
+      int64_t from = -1;  // of a run of wanted blocks
+      for (int64_t k = begin; k <= end; ++k) {
+        bool wanted = false;
+        for (int64_t j = k * kBlock; k < end && j < m && j < (k + 1) * kBlock; ++j)
+          wanted |= t.low[j] < __builtin_huge_val();
+        if (wanted && from < 0) from = k;
+        if (!wanted && from >= 0) {
+          f(from * kBlock, k * kBlock < m ? k * kBlock : m);
+          from = -1;
+        }
+        if (!wanted && k < end)
+          for (int64_t j = k * kBlock; j < m && j < (k + 1) * kBlock; ++j) t.count[j] = 0;
+      }
+    });
+  }
+  bool threads_;
+};
+
+}  // namespace
+}  // namespace gradops
