@@ -1,6 +1,7 @@
 """Sparse optimal transport. `reference` holds the same functions in plain PyTorch."""
 from . import reference
+from .router import RouterInfo, router
 
 __all__ = [
-    "reference",
+    "RouterInfo", "reference", "router",
 ]  # fmt: skip
