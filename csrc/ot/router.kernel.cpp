@@ -8,6 +8,7 @@
 
 #define GRADOPS_INLINE [[gnu::always_inline]] inline
 #define GRADOPS_FLAT __attribute__((always_inline))
+#define GRADOPS_HIDE(x) __asm__("" : "+v"(x))
 #define GRADOPS_SQRT __builtin_sqrt
 #include "ot/router_column.h"
 
@@ -82,47 +83,43 @@ struct Group {
   // Softmax; -infinity for masked experts and tokens. False where there is none.
   template <class T_>
   bool load(const T_* logits) {
-    const A infinity = A(__builtin_inf());
-    bool good = true;
+    const V infinity = V{} + A(__builtin_inf());
+    I bad{};
     real = 0;
     for (int b = 0; b < blocks; ++b) {
+      V* block = t.experts_choose ? lanes : &vec_at(at(gates, b, 0));
+      A* numbers = reinterpret_cast<A*>(block);
       const int here = T - b * W < W ? T - b * W : W;
-      alignas(64) A top[W], total[W];
-      for (int i = 0; i < W; ++i) top[i] = -infinity, total[i] = 0;
+      for (int i = 0; i < here; ++i) {
+        const T_* from = logits + (int64_t(b) * W + i) * E;
+        for (int e = 0; e < E; ++e) numbers[e * W + i] = widen(from[e]);
+      }
+      for (int i = here; i < W; ++i)
+        for (int e = 0; e < E; ++e) numbers[e * W + i] = -infinity[0];
+      V top = -infinity, total{};
       for (int e = 0; e < E; ++e) {
-        A* g = at(gates, b, e);
-        for (int i = 0; i < here; ++i) g[i] = widen(logits[(int64_t(b) * W + i) * E + e]);
-        for (int i = here; i < W; ++i) g[i] = -infinity;
-        int bad = 0;
-        for (int i = 0; i < W; ++i) bad |= !(g[i] < infinity);
-        for (int i = 0; i < W; ++i) top[i] = g[i] > top[i] ? g[i] : top[i];
-        good &= !bad;
+        bad |= ~(block[e] < infinity);
+        top = block[e] > top ? block[e] : top;
       }
       for (int i = 0; i < here; ++i) {
-        real += top[i] > -infinity;
-        if (t.experts_choose) mass[b * W + i] = top[i] > -infinity ? 1 : 0;
+        real += top[i] > -infinity[0];
+        if (t.experts_choose) mass[b * W + i] = top[i] > -infinity[0] ? 1 : 0;
       }
-      for (int e = 0; e < E; ++e) {
-        A* g = at(gates, b, e);
+      top = top > -infinity ? top : V{};
+      for (int e = 0; e < E; ++e) block[e] -= top;
 #pragma omp simd
-        for (int i = 0; i < W; ++i) {
-          const A w = exp_of(g[i] - (top[i] > -infinity ? top[i] : A(0)));
-          total[i] += w;
-          g[i] = g[i] > -infinity ? w : -infinity;
-        }
-      }
-      for (int i = 0; i < W; ++i) total[i] = total[i] > 0 ? 1 / total[i] : A(1);
-      for (int e = 0; e < E; ++e) {
-        A* g = at(gates, b, e);
-#pragma omp simd
-        for (int i = 0; i < W; ++i) g[i] *= total[i];
-      }
+      for (int i = 0; i < E * W; ++i) numbers[i] = numbers[i] > -infinity[0] ? exp_of(numbers[i]) : A(-1);
+      for (int e = 0; e < E; ++e) total += block[e] > 0 ? block[e] : V{};
+      total = A(1) / (total > 0 ? total : V{} + A(1));
+      for (int e = 0; e < E; ++e) vec_at(at(gates, b, e)) = block[e] < 0 ? -infinity : block[e] * total;
     }
     if (!t.experts_choose)
       for (int e = 0; e < E; ++e) mass[e] = A(double(real) / E);
     for (int i = 0; i < rows; ++i) alpha[i] = m[i] = v[i] = 0;
     for (int e = 0; e < E; ++e) guess[e] = A(1. / E);
-    return good;
+    for (int i = 0; i < W; ++i)
+      if (bad[i]) return false;
+    return true;
   }
 
   // The K largest entries of W tokens' columns (K = 0: t.width, in memory), then sink(expert, entry, gamma * weight).
@@ -141,31 +138,45 @@ struct Group {
       }
     };
     each([&](int r) GRADOPS_FLAT { list[r] = low; });
+    V next = low;  // the largest entry that found no place
     for (int e = 0; e < E; ++e) {
       V y = vec_at(at(gates, block, e)) + alpha[e];
       each([&](int r) GRADOPS_FLAT {
+        V same = y;
+        GRADOPS_HIDE(same);  // else one mask serves both choices, and costs more than a minimum and a maximum
         const V big = y > list[r] ? y : list[r];
-        y = y > list[r] ? list[r] : y;
+        y = list[r] < same ? list[r] : same;
         list[r] = big;
       });
+      next = y > next ? y : next;
     }
     // Column sums of 1; tau is the largest of (sum of the first r - gamma) / r
     const V top = list[0];
     V total{}, tau = low, edge = list[0];
     each([&](int r) GRADOPS_FLAT {
       total += list[r] - top;
-      const V next = (total - A(t.gamma)) * (A(1) / A(r + 1));
-      tau = (r < k ? next : low) > tau ? next : tau;
+      const V threshold = (total - A(t.gamma)) * (A(1) / A(r + 1));
+      tau = (r < k ? threshold : low) > tau ? threshold : tau;
+      next = r == k ? list[r] : next;
       edge = r == k - 1 ? list[r] : edge;
     });
-    I ties{};
+    const I tied = (next == edge) & (edge > low);
+    bool any = false;
+    for (int i = 0; i < W; ++i) any |= tied[i] != 0;
+    if (!any) {
+      for (int e = 0; e < E; ++e) {
+        const V y = vec_at(at(gates, block, e)) + alpha[e], w = (y - top) - tau, positive = w > 0 ? w : V{};
+        sink(e, y, y >= edge ? positive : V{});
+      }
+      return;
+    }
+    I ties{};  // places for entries at the edge
     each([&](int r) GRADOPS_FLAT { ties -= r < k ? list[r] == edge : I{}; });
     for (int e = 0; e < E; ++e) {
-      const V y = vec_at(at(gates, block, e)) + alpha[e];
-      const I equal = (y == edge) & (ties > 0), in = (y > edge) | equal;
+      const V y = vec_at(at(gates, block, e)) + alpha[e], w = (y - top) - tau;
+      const I equal = (y == edge) & (ties > 0);
       ties += equal;
-      const V w = (y - top) - tau;
-      sink(e, y, in & (w > 0) ? w : V{});
+      sink(e, y, ((y > edge) | equal) & (w > 0) ? w : V{});
     }
   }
 
@@ -178,9 +189,9 @@ struct Group {
     for (int b = 0; b < blocks; ++b) {
       V omega{};
       choose<K>(b, [&](int e, V y, V w) GRADOPS_FLAT {
-        const V weight = w * inverse;
-        lanes[e] += weight;
+        lanes[e] += w;
         if constexpr (kLast) {
+          const V weight = w * inverse;
           vec_at(at(plan, b, e)) = weight;
           omega += weight > 0 ? weight * (y - A(0.5) * w) : V{};
         }
@@ -190,7 +201,7 @@ struct Group {
     for (int e = 0; e < E; ++e) {
       double s = 0;
       for (int i = 0; i < W; ++i) s += double(lanes[e][i]);
-      sum[e] = A(s);
+      sum[e] = A(s / t.gamma);
     }
     return value;
   }
@@ -214,7 +225,8 @@ struct Group {
         sum[i] += share;
         if constexpr (kLast) {
           out[i] = share;
-          omega += share > 0 ? share * (x[i] - A(0.5) * w) : A(0);
+          const A y = share > 0 ? x[i] : A(0);
+          omega += share * (y - A(0.5) * w);
         }
       }
       value += double(omega);
@@ -305,15 +317,21 @@ struct Group {
 
   template <class T_>
   void write_experts(int64_t* indices, T_* weights, A* shares, int64_t* taken) {
+    int* list = reinterpret_cast<int*>(x);
     for (int e = 0; e < E; ++e) {
       const A *w = at(plan, 0, e), *g = at(gates, 0, e);
       int64_t to = e * t.width;
       const int64_t end = to + t.width;
-      for (int i = 0; i < T; ++i)
-        if (w[i] > 0) {
-          indices[to] = i, shares[to] = w[i], ++taken[i];
-          narrow(g[i], weights[to++]);
-        }
+      int count = 0;
+      for (int i = 0; i < T; ++i) {  // without a branch, which would be mispredicted
+        list[count] = i;
+        count += w[i] > 0;
+      }
+      for (int s = 0; s < count; ++s, ++to) {
+        const int i = list[s];
+        indices[to] = i, shares[to] = w[i], ++taken[i];
+        narrow(g[i], weights[to]);
+      }
       for (; to < end; ++to) {
         indices[to] = -1, shares[to] = 0;
         narrow(A(0), weights[to]);
