@@ -18,9 +18,9 @@ struct RouterTask {
   int64_t steps;
   double gamma, lr;
   // What comes out. Of the first three: groups x (tokens or experts) x width.
-  int64_t* indices;  // ascending; -1: unused
-  void* weights;     // softmax of the logits at the indices
-  void* plan;        // the plan there
+  int64_t* indices;                            // ascending; -1: unused
+  void* weights;                               // softmax of the logits at the indices
+  void* plan;                                  // the plan there
   int64_t *load, *taken, *overflow, *dropped;  // groups x experts, groups x tokens twice, groups
   double *residual, *value;                    // groups
 };
