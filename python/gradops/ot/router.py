@@ -64,8 +64,8 @@ def router(logits: Tensor, *, capacity: int | None = None, top_k: int | None = N
 
     Args:
         logits: ``(..., T, E)``, groups leading: groups know nothing of each other. float64, float32, bfloat16 or
-            float16. Not modified. -inf masks an expert for a token, and with -inf alone the whole token, as for padding:
-            it takes no part.
+            float16. Not modified. -inf masks an expert for a token; a token with -inf alone, such as padding, takes no
+            part.
         capacity: tokens an expert may have; needed where experts choose, else None for any number. Common is
             ``ceil(factor * T * k / E)``, k the experts of a token. May exceed T.
         top_k: experts a token may have, in [1, E]; only where tokens choose, and needed there.
@@ -124,7 +124,7 @@ def _check(logits: Any, capacity: Any, top_k: Any, n_steps: Any, gamma: float, m
         raise ValueError(f"capacity must be a positive int, got {capacity!r}")
     if mode == "experts_choose":
         if top_k is not None:
-            raise ValueError(f"top_k is for tokens_choose; with experts_choose give capacity alone, got top_k={top_k!r}")
+            raise ValueError(f"top_k is for tokens_choose; where experts choose give capacity alone, got {top_k!r}")
         if capacity is None:
             raise ValueError("capacity must be given where experts choose")
         return capacity, -1

@@ -8,6 +8,7 @@ def router(logits: Tensor, *, capacity: int | None = None, top_k: int | None = N
            gamma: float = 1.0, mode: str = "tokens_choose", lr: float = 1e-2) -> tuple[Tensor, Tensor, RouterInfo]:
     experts_choose = mode == "experts_choose"
     width = capacity if experts_choose else top_k
+    assert width is not None
     x = logits if logits.dtype == torch.float64 else logits.float()
     masked = x == -torch.inf
     real = ~masked.all(-1)
@@ -44,7 +45,8 @@ def router(logits: Tensor, *, capacity: int | None = None, top_k: int | None = N
     dropped = torch.where(bad, x.shape[-2], ((taken == 0) & real).sum(-1))
     overflow = overflow.masked_fill(bad[..., None], 0)
     residual, value = (t.double().masked_fill(bad, torch.nan) for t in (residual, value))
-    return indices, weights.to(logits.dtype), RouterInfo(shares, routed.sum(-2), taken, overflow, dropped, residual, value)
+    info = RouterInfo(shares, routed.sum(-2), taken, overflow, dropped, residual, value)
+    return indices, weights.to(logits.dtype), info
 
 
 def project(x: Tensor, k: int, mass: Tensor, gamma: float) -> Tensor:
@@ -58,7 +60,8 @@ def project(x: Tensor, k: int, mass: Tensor, gamma: float) -> Tensor:
     return torch.zeros_like(x).scatter(-1, rows[..., :k], t)
 
 
-def slots(routed: Tensor, gates: Tensor, plan: Tensor, width: int, experts_choose: bool) -> tuple[Tensor, Tensor, Tensor]:
+def slots(routed: Tensor, gates: Tensor, plan: Tensor, width: int,
+          experts_choose: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What is routed, as `width` slots of ascending indices for each token, or each expert."""
     if experts_choose:
         routed, gates, plan = routed.mT, gates.mT, plan.mT
