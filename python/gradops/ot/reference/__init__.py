@@ -1,6 +1,8 @@
 """Plain PyTorch twins of this family's functions: slow, any dtype, the yardstick of every test."""
+from .projection import sparse_simplex_projection
 from .router import router
+from .semidual import semidual
 
-__all__: list[str] = [
-    "router",
+__all__ = [
+    "router", "semidual", "sparse_simplex_projection",
 ]  # fmt: skip
