@@ -5,10 +5,10 @@
 #include "common/exp_log.h"
 #include "common/simd.h"
 #include "common/widen.h"
+#include "ot/lane_mask.h"
 
 #define GRADOPS_INLINE [[gnu::always_inline]] inline
 #define GRADOPS_FLAT __attribute__((always_inline))
-#define GRADOPS_HIDE(x) __asm__("" : "+v"(x))
 #define GRADOPS_SQRT __builtin_sqrt
 #include "ot/router_column.h"
 
@@ -142,13 +142,11 @@ struct Group {
     for (int e = 0; e < E; ++e) {
       V y = vec_at(at(gates, block, e)) + alpha[e];
       each([&](int r) GRADOPS_FLAT {
-        V same = y;
-        GRADOPS_HIDE(same);  // else one mask serves both choices, and costs more than a minimum and a maximum
-        const V big = y > list[r] ? y : list[r];
-        y = list[r] < same ? list[r] : same;
-        list[r] = big;
+        const V more = greater(y, list[r]);
+        y = lesser(y, list[r]);
+        list[r] = more;
       });
-      next = y > next ? y : next;
+      next = greater(y, next);
     }
     // Column sums of 1; tau is the largest of (sum of the first r - gamma) / r
     const V top = list[0];
