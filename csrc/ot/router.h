@@ -29,7 +29,8 @@ struct RouterTask {
 // Bytes for one group on the CPU; numbers and vectors of at most 64 bytes
 inline int64_t router_scratch(const RouterTask& t) {
   const int64_t padded = (t.tokens + 15) / 16 * 16, slots = t.experts_choose ? 0 : t.width;
-  return 8 * (2 * padded * t.experts + 7 * padded + 32 * t.experts + 64 * slots + 512);
+  const int64_t numbers = 2 * padded * t.experts + 6 * padded + 22 * t.experts + 64 * slots;
+  return (t.element == Element::f64 ? 8 : 4) * numbers + 1024;  // for alignment
 }
 
 GRADOPS_DECLARE(void, router_groups, const RouterTask&, int64_t begin, int64_t end, char* scratch)

@@ -8,6 +8,7 @@ from .._checks import check_floating, check_one_of
 from .._op import needs_derivative, primals, register
 
 MODES = ("tokens_choose", "experts_choose")
+INTEGERS: Any = (int, torch.SymInt)  # capacity comes from a shape, which torch.compile may keep open
 
 
 class RouterInfo(NamedTuple):
@@ -114,13 +115,13 @@ def _check(logits: Any, capacity: Any, top_k: Any, n_steps: Any, gamma: float, m
     if logits.dim() < 2 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have the shape (..., T, E) with E > 0, got {tuple(logits.shape)}")
     check_one_of(mode, "mode", MODES)
-    if not isinstance(n_steps, int) or n_steps < 0:
+    if not isinstance(n_steps, INTEGERS) or n_steps < 0:
         raise ValueError(f"n_steps must be an int, not negative, got {n_steps!r}")
     if not 0 < gamma < float("inf"):
         raise ValueError(f"gamma must be positive and finite, got {gamma}")
     if not 0 <= lr < float("inf"):
         raise ValueError(f"lr must be finite and not negative, got {lr}")
-    if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
+    if capacity is not None and (not isinstance(capacity, INTEGERS) or capacity < 1):
         raise ValueError(f"capacity must be a positive int, got {capacity!r}")
     if mode == "experts_choose":
         if top_k is not None:
@@ -128,7 +129,7 @@ def _check(logits: Any, capacity: Any, top_k: Any, n_steps: Any, gamma: float, m
         if capacity is None:
             raise ValueError("capacity must be given where experts choose")
         return capacity, -1
-    if not isinstance(top_k, int) or not 1 <= top_k <= logits.shape[-1]:
+    if not isinstance(top_k, INTEGERS) or not 1 <= top_k <= logits.shape[-1]:
         raise ValueError(f"top_k must be an int in [1, {logits.shape[-1]}] where tokens choose, got {top_k!r}")
     return top_k, -1 if capacity is None else capacity
 
