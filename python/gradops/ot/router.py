@@ -59,9 +59,11 @@ def router(logits: Tensor, *, capacity: int | None = None, top_k: int | None = N
 
     with mass 1 for every token and :math:`T / E` for every expert. "tokens_choose": columns are tokens and
     ``k = top_k``; "experts_choose": columns are experts and ``k = capacity``. It is found by ``n_steps`` of Adam on the
-    row potentials of the semi-dual, from zero. Column masses and ``k`` then hold; row masses only about so, the less so
-    the fewer steps: ``info.residual`` says how much. Tokens choose whatever ``k``; with ``capacity`` an expert then
-    keeps the tokens that give it the most mass, ties to the lowest token. A token may end without any expert.
+    row potentials of the semi-dual, from zero. Column masses and ``k`` then hold; row masses only about so:
+    ``info.residual`` says how much. Potentials move by ``n_steps * lr`` at most, and gates that differ by more are not
+    evened out; nor does the residual vanish with more steps where ``k`` is too small for the optimum of the semi-dual
+    to be a plan. Masses, not counts, are balanced. Where tokens choose and ``capacity`` is given, an expert keeps the
+    tokens that give it the most mass, ties to the lowest token. A token may end without any expert.
 
     Args:
         logits: ``(..., T, E)``, groups leading: groups know nothing of each other. float64, float32, bfloat16 or
@@ -90,10 +92,10 @@ def router(logits: Tensor, *, capacity: int | None = None, top_k: int | None = N
     residual float64. Gradients within 64 eps of a row's mass count as zero, which Adam would blow up to full steps.
     O(n_steps T E) for each group; nothing waits for the device, so that it may be captured in a CUDA graph.
 
-    Liu, Puigcerver and Blondel, Sparsity-constrained optimal transport, arXiv 2209.15466, section 6; defaults are those
-    of their code (google-research/vmoe: 20 steps, rate 1e-2, gamma 1, softmax gates as combine weights). It stops early
-    on a gradient below 1e-3, fills buffers by choice and position instead of mass, and asks of experts that they take
-    their capacity in tokens of zero mass too.
+    Liu, Puigcerver and Blondel, Sparsity-constrained optimal transport, arXiv 2209.15466; defaults are those of their
+    code for V-MoE (google-research/vmoe: 20 steps, rate 1e-2, gamma 1, softmax gates as combine weights). That stops
+    early on a gradient below 1e-3, fills buffers by choice and position instead of mass, and lets experts fill up with
+    tokens of zero mass.
 
     Example:
         >>> import torch
