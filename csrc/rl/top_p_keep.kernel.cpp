@@ -3,24 +3,14 @@
 #include "common/exp_log.h"
 #include "common/widen.h"
 
+#define GRADOPS_INLINE [[gnu::always_inline]] inline
+#include "common/float_key.h"
+
 namespace gradops::GRADOPS_ISA {
 namespace {
 
 template <class T>
 using Arithmetic = decltype(widen(T()));
-
-// Integers in the order of the numbers, and back
-template <class A>
-typename FloatBits<A>::Int key_of(A x) {
-  using Int = typename FloatBits<A>::Int;
-  const Int bits = __builtin_bit_cast(Int, x + A(0));  // no -0
-  return bits >= 0 ? bits : ~(bits & ~(Int(1) << (sizeof(A) * 8 - 1)));
-}
-template <class A>
-A number_of(typename FloatBits<A>::Int key) {
-  using Int = typename FloatBits<A>::Int;
-  return __builtin_bit_cast(A, key >= 0 ? key : Int(~key | (Int(1) << (sizeof(A) * 8 - 1))));
-}
 
 struct Mass {
   double mass = 0;
@@ -44,7 +34,7 @@ Mass mass_from(const A* x, const A* w, int64_t n, A least) {  // of the entries 
 template <class T>
 void row_mask(const TopPTask& t, const T* logits, bool* mask, Arithmetic<T>* x, Arithmetic<T>* w) {
   using A = Arithmetic<T>;
-  using Int = typename FloatBits<A>::Int;
+  using Int = KeyOf<A>;
   using Wide = __int128;
   const int64_t n = t.cols, least_count = t.min_keep < n ? t.min_keep : n;
   const A infinity = A(__builtin_inf());
