@@ -16,6 +16,19 @@ struct Candidate {
 
 GRADOPS_TEAM int32_t list_length(int64_t count, int64_t kept) { return count > 6 * kept + 32 ? kListLong : kListGood; }
 
+// Nothing is known: every list is stale.
+template <class Team>
+GRADOPS_TEAM void forget_lists(Team& team, const Transport& t, TransportState& s) {
+  const Candidates& c = s.lists;
+  s.lists.newest = -1;
+  s.list_work = t.cost.n;
+  team.each(t.cost.m, [&](int64_t j) {
+    c.count[j] = c.epoch[j] = 0;
+    c.low[j] = kInfinity, c.guess[j] = 0;
+  });
+  team.each(kEpochs, [&](int64_t e) { c.rise[e] = 0; });
+}
+
 // How far the outside of each epoch's lists may have come up.
 template <class Team>
 GRADOPS_TEAM void measure_rise(Team& team, const Transport& t, TransportState& s, const double* alpha) {

@@ -2,6 +2,7 @@
 #pragma once
 #include "common/parallel.h"
 #include "ot/column_scan.h"
+#include "ot/cpu_pieces.h"
 #include "ot/team.h"
 
 namespace gradops {
@@ -91,14 +92,14 @@ class CpuTeam {
   void once(const F& f) const {
     f();
   }
-  static int64_t pieces_of(int64_t n, int64_t m) { return n * m >= 1 << 20 ? 8 : 1; }
-  int64_t pieces(int64_t n, int64_t m) const { return pieces_of(n, m); }
+  int64_t pieces(int64_t n, int64_t m) const { return cpu_pieces(n, m); }
 
   void scan(const ColumnScan& t) const {
     scan_blocks(t, [&](int64_t begin, int64_t end) { GRADOPS_ISA::scan_columns(t, begin, end); });
   }
   void bounds(const ColumnScan& t, const double* scaled, int64_t max_nz) const {
-    scan_blocks(t, [&](int64_t begin, int64_t end) { GRADOPS_ISA::scan_bounds(t, scaled, max_nz, begin, end); });
+    const int64_t most = max_nz > 0 ? max_nz : t.cost.n;
+    scan_blocks(t, [&](int64_t begin, int64_t end) { GRADOPS_ISA::scan_bounds(t, scaled, most, begin, end); });
   }
 
  private:

@@ -10,7 +10,7 @@ namespace {
 template <class Team>
 GRADOPS_TEAM TransportStatus begin(Team& team, Transport& t, TransportState& s) {
   const int64_t n = t.cost.n, m = t.cost.m;
-  s.evaluations = s.newton = s.products = 0, s.scanned = 0, s.list_work = n, s.lists.newest = -1;
+  s.evaluations = s.newton = s.products = 0, s.scanned = 0;
   double *least = s.rows[0], *most = s.rows[1];  // finite costs of a row, among the columns with mass
   double *total = s.rows[2], *finite = s.rows[3], *bad = s.rows[4];
   team.columns(n, 4 * m, [&](int64_t i, const auto& lanes) {
@@ -31,31 +31,23 @@ GRADOPS_TEAM TransportStatus begin(Team& team, Transport& t, TransportState& s) 
   const double *b = t.b, fair = right > 0 ? left / right : 1;  // both sums are the same from here on
   team.each(m, [&](int64_t j) { s.columns[3][j] = b[j] * fair; });
   t.b = s.columns[3];
-  if (wrong > 0 || !(left < kInfinity) || !(__builtin_fabs(left - right) <= 1e-6 * left))
+  if (wrong > 0 || !(left < kInfinity) || !(__builtin_fabs(left - right) <= kMassTolerance * left))
     return TransportStatus::invalid;
   const double low = -team.largest(n, [&](int64_t i) { return t.a[i] > 0 ? -least[i] : -kInfinity; });
   const double high = team.largest(n, [&](int64_t i) { return t.a[i] > 0 ? most[i] : -kInfinity; });
   s.shift = low < kInfinity ? low : 0;
   s.spread = high > low ? high - low : 0;
   s.pieces = team.pieces(n, m);
-  const Candidates& c = s.lists;
-  team.each(m, [&](int64_t j) {  // nothing is known: every list is stale
-    c.count[j] = c.epoch[j] = 0;
-    c.low[j] = kInfinity, c.guess[j] = 0;
-  });
-  team.each(kEpochs, [&](int64_t e) { c.rise[e] = 0; });
+  forget_lists(team, t, s);
   const double stranded = team.sum(n, [&](int64_t i) { return t.a[i] > 0 && finite[i] == 0 ? 1. : 0.; });
   return stranded > 0 ? TransportStatus::infeasible : TransportStatus::converged;
 }
 
-// alpha0, or the mean cost of every row. Needs begin's row sums: call it right after.
+// The mean cost of every row. Needs begin's sums over the rows: call it right after.
 template <class Team>
 GRADOPS_TEAM void start_alpha(Team& team, const Transport& t, TransportState& s, double* alpha) {
   const double *total = s.rows[2], *finite = s.rows[3];
-  team.each(t.cost.n, [&](int64_t i) {
-    const double mean = t.alpha0 ? t.alpha0[i] : total[i] / finite[i] - s.shift;
-    alpha[i] = t.a[i] > 0 ? mean : kNever;
-  });
+  team.each(t.cost.n, [&](int64_t i) { alpha[i] = t.a[i] > 0 ? total[i] / finite[i] - s.shift : kNever; });
 }
 
 // A column with mass that no row with mass can reach. Known after the first evaluation from a cold start.
@@ -98,7 +90,7 @@ GRADOPS_TEAM void finish(Team& team, const Transport& t, TransportState& s, cons
     const int64_t from = j * t.capacity, to = j * t.width;
     lanes.each(t.width, [&](int64_t k) {
       const bool there = k < e.count[j];
-      t.index[to + k] = there ? e.support[from + k] : -1;
+      t.index[to + k] = there ? e.support[from + k] : 0;
       t.weight[to + k] = there ? e.weight[from + k] : 0.;
     });
   });
@@ -110,6 +102,7 @@ GRADOPS_TEAM void finish(Team& team, const Transport& t, TransportState& s, cons
     r.dual_value = e.value + s.shift * s.mass;
     r.gap = found.gap;
     r.marginal_err = e.residual / mass;
+    r.ties = 0;
     r.n_iter = double(s.evaluations);
     r.status = double(status);
     r.newton = double(s.newton), r.cg = double(s.products), r.scans = s.scanned / double(m > 0 ? m : 1);
@@ -123,7 +116,7 @@ GRADOPS_TEAM void give_up(Team& team, const Transport& t, const TransportState& 
   const double nan = __builtin_nan("");
   team.each(t.cost.n, [&](int64_t i) { t.alpha[i] = nan; });
   team.each(t.cost.m, [&](int64_t j) { t.beta[j] = nan; });
-  team.each(t.cost.m * t.width, [&](int64_t k) { t.index[k] = -1, t.weight[k] = 0; });
+  team.each(t.cost.m * t.width, [&](int64_t k) { t.index[k] = 0, t.weight[k] = 0; });
   team.once([&] { *t.report = {nan, nan, nan, nan, 0, double(s.evaluations), double(status), 0, 0, 0, 0}; });
 }
 

@@ -109,27 +109,36 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
   const int64_t n = t.cost.n, m = t.cost.m;
   const NewtonVectors v = newton_vectors(s);
   start_alpha(team, t, s, v.alpha);
-  constexpr double kRatio = 4, kInner = 0.02, kStart = 0.1;
+  constexpr double kRatio = KRATIO, kInner = KINNER, kStart = KSTART, kNear = 0.3;
+  bool ready = false;  // s.now is the evaluation at v.alpha and reg
+  if (t.alpha0) {      // worth more than a path only if it is near
+    team.each(n, [&](int64_t i) { v.next[i] = t.a[i] > 0 ? t.alpha0[i] : kNever; });
+    ready = evaluate(team, t, s, v.next, t.reg, s.now) && s.now.residual <= kNear * s.mass;
+    if (ready)
+      team.each(n, [&](int64_t i) { v.alpha[i] = v.next[i]; });
+    else
+      forget_lists(team, t, s);
+  }
   const double far = kStart * double(n) * double(m) * s.spread / s.mass;  // here supports are nearly full
   int64_t stages = 0;
   double reg = t.reg;
-  if (!t.alpha0)
-    for (; reg < far; reg *= kRatio) ++stages;
+  for (; !ready && reg < far; reg *= kRatio) ++stages;
   double mu = 0.1, tol = t.tol;
   NewtonEnd end = NewtonEnd::reached;
-  for (; end == NewtonEnd::reached; --stages) {
-    if (!evaluate(team, t, s, v.alpha, reg, s.now)) {
-      end = NewtonEnd::overflow;
-      break;
+  for (bool cold = true;; --stages, reg /= kRatio) {
+    if (!ready && !evaluate(team, t, s, v.alpha, reg, s.now)) {
+      if (!cold || stages == 0) return give_up(team, t, s, TransportStatus::overflow);
+      forget_lists(team, t, s);  // too little room for the supports of so large a reg: begin with a smaller one
+      continue;
     }
+    ready = cold = false;
     if (unreachable(team, t, s.now)) return give_up(team, t, s, TransportStatus::infeasible);
     mu = 0.1;
     end = ascend(team, t, s, reg, s.mass * (stages > 0 ? kInner : tol), mu);
+    if (end == NewtonEnd::overflow) return give_up(team, t, s, TransportStatus::overflow);
     if (end != NewtonEnd::reached || stages == 0) break;
     predict(team, t, s, reg, reg / kRatio);
-    reg /= kRatio;
   }
-  if (end == NewtonEnd::overflow) return give_up(team, t, s, TransportStatus::overflow);
   if (stages > 0) {  // stopped on the way: what there is counts at the reg that was asked for
     reg = t.reg;
     if (!evaluate(team, t, s, v.alpha, reg, s.now)) return give_up(team, t, s, TransportStatus::overflow);

@@ -20,7 +20,7 @@ enum class TransportStatus : int {
   stagnated,        // max_nz: the dual value stopped rising, the row marginals are not met
   infeasible,       // a row or column with mass has no finite cost
   invalid,          // NaN, negative weights, or sums of a and b that differ
-  overflow,         // a column has more candidates than capacity: call again with a larger one
+  overflow,         // a column has more candidates than capacity: a larger one is needed
 };
 
 struct TransportReport {  // all double, as the tensor that holds it
@@ -43,8 +43,8 @@ struct Transport {               // one problem
   double tol, gap_tol;
   int64_t max_iter, capacity;  // evaluations; candidates per column, at most n
   double *alpha, *beta;        // out: n, m
-  int32_t* index;              // out: m x width, ascending rows of the plan's entries; -1 where there is none
-  double* weight;              // out: m x width; columns sum to b to a few ulp, except for overflow (widest > width)
+  int64_t* index;              // out: m x width, rows of the plan's entries, ascending; 0 where unused
+  double* weight;              // out: m x width; 0 where unused. Columns sum to b if report->widest <= width
   int64_t width;
   TransportReport* report;  // out
 };
@@ -52,6 +52,7 @@ struct Transport {               // one problem
 constexpr double kNever = -1e300;  // alpha of a row without mass
 constexpr double kInfinity = __builtin_huge_val();
 constexpr int kEpochs = 4;
+constexpr double kMassTolerance = 1e-5;  // relative, between the sums of a and b; then b is scaled
 
 // D and its supergradient at one alpha, and the plan there.
 struct Evaluation {
