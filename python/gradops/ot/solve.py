@@ -12,7 +12,7 @@ GAP_TO_TOL = 1e-3  # the value converges faster than the marginals
 _REPORT = 11  # numbers of a TransportReport
 
 
-def _fake(M, x, y, a, b, alpha0, n_len, m_len, reg, max_nz, tol, gap_tol, max_iter, width):
+def _fake(M, x, y, a, b, alpha0, n_len, m_len, reg, max_nz, tol, gap_tol, max_iter, width, averaged):
     index = b.new_empty(*b.shape, width, dtype=torch.int64)
     return (torch.empty_like(a, memory_format=torch.contiguous_format),
             torch.empty_like(b, memory_format=torch.contiguous_format), index,
@@ -108,7 +108,7 @@ def solve(
     check_reg(reg)
     check_max_nz(max_nz)
     check_one_of(method, "method", ("auto",))
-    check_one_of(plan_kind, "plan_kind", ("sparse",))
+    check_one_of(plan_kind, "plan_kind", ("sparse", "averaged"))
     if not 0 < tol < 1:
         raise ValueError(f"tol must be between 0 and 1, got {tol}")
     if max_iter < 1:
@@ -118,13 +118,15 @@ def solve(
         alpha0 = alpha0.to(torch.float64).expand(a.shape)
     most = 0 if max_nz is None or max_nz >= n else max_nz
     known = all(may_look(t) for t in (a, b, *costs.tensors))
-    slots = max(most or (min(n, 64) if known else n), 1)
+    averaged = plan_kind == "averaged" and most > 0
+    slots = max(min(n, 4 * most + 16 if known else n) if averaged else most or (min(n, 64) if known else n), 1)
 
     def run(width: int, start: Tensor | None) -> tuple[Tensor, ...]:
-        return raw_solve(*costs, a, b, start, *lengths, float(reg), most, float(tol), tol * GAP_TO_TOL, max_iter, width)
+        return raw_solve(*costs, a, b, start, *lengths, float(reg), most, float(tol), tol * GAP_TO_TOL, max_iter, width,
+                         averaged)
 
     alpha, beta, index, weight, report = run(slots, alpha0)
-    if known and report.numel() and not most:
+    if known and report.numel() and (averaged or not most):
         widest = max(int(report[..., 10].nan_to_num().max()), 1)
         if widest > slots:  # from its solution it takes an evaluation or two
             evaluations = report[..., 5]
