@@ -12,16 +12,26 @@
 namespace gradops {
 namespace {
 
+// Functions of their own, and loops left as they are: the solvers call them in a hundred places, and ptxas takes
+// minutes over what would become of it.
+__device__ __noinline__ double warp_sum(double v) { return warp_all(v, Add()); }
+__device__ __noinline__ double warp_largest(double v) { return warp_all(v, Larger()); }
+__device__ __noinline__ double block_sum(double v, double* scratch) { return block_all(v, 0., scratch, Add()); }
+__device__ __noinline__ double block_largest(double v, double* scratch) {
+  return block_all(v, -double(INFINITY), scratch, Larger());
+}
+
 struct CudaLanes {  // one warp
   template <class F>
   __device__ void each(int64_t count, const F& f) const {
+#pragma unroll 1
     for (int64_t k = threadIdx.x % 32; k < count; k += 32) f(k);
   }
   template <class F>
   __device__ double sum(int64_t count, const F& f) const {
     double s = 0;
     each(count, [&](int64_t k) { s += f(k); });
-    return warp_all(s, Add());
+    return warp_sum(s);
   }
   template <class F>
   __device__ double largest(int64_t count, const F& f) const {
@@ -30,7 +40,7 @@ struct CudaLanes {  // one warp
       const double v = f(k);
       s = v > s ? v : s;
     });
-    return warp_all(s, Larger());
+    return warp_largest(s);
   }
   template <class F>
   __device__ double span(int64_t count, const F& f, double& least, double& most) const {
@@ -41,25 +51,26 @@ struct CudaLanes {  // one warp
       low = v < low ? v : low;
       high = v > high ? v : high;
     });
-    least = -warp_all(-low, Larger()), most = warp_all(high, Larger());
-    return warp_all(s, Add());
+    least = -warp_largest(-low), most = warp_largest(high);
+    return warp_sum(s);
   }
   template <class F>
   __device__ double above(int64_t count, const F& x, double level, int64_t& number) const {
     double s = 0;
-    int many = 0;
+    double many = 0;
     each(count, [&](int64_t k) {
       const double v = x(k) - level;
-      if (v > 0) s += v, ++many;
+      if (v > 0) s += v, many += 1;
     });
-    number = warp_all(many, Add());
-    return warp_all(s, Add());
+    number = int64_t(warp_sum(many));
+    return warp_sum(s);
   }
   // A lane reads before any lane writes, 32 entries at a time: entries may move to the front of their own array.
   template <class L, class W, class P>
   __device__ int64_t keep(int64_t count, const L& load, const W& wanted, const P& put) const {
     const int lane = threadIdx.x % 32;
     int64_t place = 0;
+#pragma unroll 1
     for (int64_t begin = 0; begin < count; begin += 32) {
       const int64_t k = begin + lane;
       const auto v = load(k < count ? k : count - 1);
@@ -88,26 +99,30 @@ class CudaTeam {
 
   template <class F>
   __device__ void each(int64_t count, const F& f) const {
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < count; i += kThreads) f(i);
     __syncthreads();
   }
   template <class F>
   __device__ double sum(int64_t count, const F& f) const {
     double s = 0;
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < count; i += kThreads) s += f(i);
-    return block_all(s, 0., scratch_, Add());
+    return block_sum(s, scratch_);
   }
   template <class F>
   __device__ double largest(int64_t count, const F& f) const {
     double s = -double(INFINITY);
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < count; i += kThreads) {
       const double v = f(i);
       s = v > s ? v : s;
     }
-    return block_all(s, -double(INFINITY), scratch_, Larger());
+    return block_largest(s, scratch_);
   }
   template <class F>
   __device__ void columns(int64_t count, int64_t, const F& f) const {
+#pragma unroll 1
     for (int64_t j = threadIdx.x / 32; j < count; j += kWarps) f(j, CudaLanes());
     __syncthreads();
   }

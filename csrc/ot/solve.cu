@@ -1,7 +1,6 @@
-#include "ot/solve.h"
-
 #include "ot/ascent.h"
 #include "ot/cuda_team.cuh"
+#include "ot/solve.h"
 
 namespace gradops {
 namespace {
