@@ -247,7 +247,8 @@ GRADOPS_TEAM double largest_cost(Team& team, const Transport& t, const Transport
 template <class Team>
 GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState& a) {
   const int64_t n = t.cost.n, m = t.cost.m;
-  constexpr double kRough = 1e-2, kRatio = 4, kLast = 1e-4, kTight = 1e-3, kExact = 1e-7, kEnough = 1e-7;
+  constexpr double kRough = 1e-2, kRatio = 4, kLast = 2.5e-5, kTight = 1e-3, kExact = 1e-7, kEnough = 1e-7,
+                   kNear = 1e-4, kFair = 5e-6;
   constexpr int64_t kStage = 300;  // evaluations
   Transport quadratic = t;
   quadratic.max_nz = 0;
@@ -296,7 +297,8 @@ GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState
     }
     if (met) status = TransportStatus::converged, upper = best;
     if (s.evaluations >= t.max_iter && !met) status = TransportStatus::iteration_limit;
-    more = !met && !final && s.evaluations < t.max_iter && upper - best > kEnough * upper;
+    more = !met && !final && s.evaluations < t.max_iter &&
+           upper - best > (t.max_nz > 1 && mu <= kNear * t.reg ? kFair : kEnough) * upper;
   }
 
   const double ties = team.sum(m, [&](int64_t j) { return double(a.now.e.count[j] > t.max_nz); });
