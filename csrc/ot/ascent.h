@@ -247,8 +247,8 @@ GRADOPS_TEAM double largest_cost(Team& team, const Transport& t, const Transport
 template <class Team>
 GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState& a) {
   const int64_t n = t.cost.n, m = t.cost.m;
-  constexpr double kRough = 1e-2, kRatio = 4, kLast = 2.5e-5, kTight = 1e-3, kExact = 1e-7, kEnough = 1e-7,
-                   kNear = 1e-4, kFair = 5e-6;
+  constexpr double kRough = 1e-2, kRatio = 4, kFine = 2, kLast = 2.5e-5, kTight = 1e-3, kExact = 1e-7, kEnough = 1e-7,
+                   kFair = 4e-6;
   constexpr int64_t kStage = 300;  // evaluations
   Transport quadratic = t;
   quadratic.max_nz = 0;
@@ -276,7 +276,7 @@ GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState
   // linear program, and mu has to become as small as its vertices ask for.
   const double last = t.reg * (t.max_nz == 1 ? kExact : kLast);
   TransportStatus status = TransportStatus::stagnated;
-  for (bool more = true; more; mu /= kRatio) {
+  for (bool more = true; more; mu /= mu <= kTight * t.reg ? kFine : kRatio) {
     const Smoothing w{t.reg, mu, double(t.max_nz)};
     const bool final = mu <= last;
     const int64_t limit = s.evaluations + kStage < t.max_iter ? s.evaluations + kStage : t.max_iter;
@@ -297,14 +297,14 @@ GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState
     }
     if (met) status = TransportStatus::converged, upper = best;
     if (s.evaluations >= t.max_iter && !met) status = TransportStatus::iteration_limit;
-    more = !met && !final && s.evaluations < t.max_iter &&
-           upper - best > (t.max_nz > 1 && mu <= kNear * t.reg ? kFair : kEnough) * upper;
+    const double raw = __builtin_fabs(upper + s.shift * s.mass), size = raw < upper ? raw : upper;
+    more = !met && !final && s.evaluations < t.max_iter && upper - best > (t.max_nz > 1 ? kFair : kEnough) * size;
   }
 
   const double ties = team.sum(m, [&](int64_t j) { return double(a.now.e.count[j] > t.max_nz); });
   Evaluation e = a.trial.e;
   if (!evaluate(team, t, s, a.best, t.reg, e)) return give_up(team, t, s, TransportStatus::overflow);
-  if (t.averaged) {
+  if (t.averaged && status != TransportStatus::converged) {
     e = a.now.e;
     e.tau = a.trial.e.tau;
   }
