@@ -46,7 +46,8 @@ def cases(settings: Settings) -> Iterator[Case]:
             continue
         M = points(n, settings)
         yield Case("solve", f"{n}x{n}", torch.float32, variant=f"reg {reg:g}",
-                   ours=lambda M=M, r=reg: ot.solve(M, reg=r), peers=pot(M, reg) if reg >= 0.1 else {}, error=row_error, bytes=4.0 * n * n, reads=True)  # fmt: skip
+                   ours=lambda M=M, r=reg: ot.solve(M, reg=r),
+                   peers=pot(M, reg) if reg >= 0.1 else {}, error=row_error, bytes=4.0 * n * n, reads=True)  # fmt: skip
     count, n = (8, 64) if settings.quick else (64, 128)
     many = points(n, settings, (count,))
     yield Case("solve", f"{count}x{n}x{n}", torch.float32, variant="reg 1, against a loop of calls",

@@ -74,7 +74,7 @@ GRADOPS_TEAM Certificate certify(Team& team, const Transport& t, const Transport
     lanes.wait();
   };
   scatter(
-      team, t, s,
+      team, t, s, e.work,
       [&](int64_t j, const auto& lanes, double* sum) {
         shrunk(j, lanes);
         const double *weight = e.weight + j * t.capacity, factor = column_factor[j];

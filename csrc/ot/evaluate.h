@@ -12,6 +12,15 @@ struct Entry {
   double x;
 };
 
+// Moves the x(k) > level, less level, to the front of x and their rows to `row`, in order; how many.
+template <class Lanes>
+GRADOPS_TEAM int64_t keep_above(const Lanes& lanes, int64_t count, const int32_t* index, double* x, double level,
+                                int32_t* row) {
+  return lanes.keep(
+      count, [=](int64_t k) { return Entry{index[k], x[k] - level}; }, [](Entry v) { return v.x > 0; },
+      [=](Entry v, int64_t place) { row[place] = v.row, x[place] = v.x; });
+}
+
 // tau with sum_k (x(k) - tau)_+ = scaled, by Newton on a convex piecewise linear function: after one step it only
 // rises, and it ends on the exact set. number: how many are above.
 template <class Lanes, class X>
@@ -86,7 +95,7 @@ GRADOPS_TEAM void fill(const Lanes& lanes, const Transport& t, const TransportSt
     const auto load = [=](int64_t k) { return Entry{index[k], weight[k] - tau}; };
     const auto put = [=](Entry v, int64_t place) { row[place] = v.row, weight[place] = v.x; };
     if (kept > 0) {
-      lanes.keep(count, load, [](Entry v) { return v.x > 0; }, put);
+      keep_above(lanes, count, index, weight, tau, row);
     } else if (count > 0) {  // reg * b_j is lost beside the costs: the largest takes it all
       const double top = lanes.largest(count, [&](int64_t k) { return load(k).x; });
       kept = lanes.keep(count, load, [=](Entry v) { return v.x == top; }, put);
@@ -101,12 +110,13 @@ GRADOPS_TEAM void fill(const Lanes& lanes, const Transport& t, const TransportSt
   lanes.once([&] { e.count[j] = int32_t(kept), s.columns[1][j] = e.tau[j] * t.b[j] + .5 * reg * squares; });
 }
 
-// out_i = start(i) - sum over the entries (i, j) of term(j, place); columns in fixed pieces, rows of a column differ.
+// out_i = start(i, what visit(j, lanes, sum) added to sum[i] over all columns j): columns in fixed pieces, each with
+// sums of its own; the rows of a column differ. work: what one column touches.
 template <class Team, class Visit, class Start>
-GRADOPS_TEAM void scatter(Team& team, const Transport& t, const TransportState& s, const Visit& visit,
+GRADOPS_TEAM void scatter(Team& team, const Transport& t, const TransportState& s, int64_t work, const Visit& visit,
                           const Start& start, double* out) {
   const int64_t n = t.cost.n, m = t.cost.m, pieces = s.pieces;
-  team.columns(pieces, pieces > 1 ? 8 * m / pieces : m, [&](int64_t p, const auto& lanes) {
+  team.columns(pieces, work * m / pieces, [&](int64_t p, const auto& lanes) {
     double* sum = s.scatter + p * n;
     lanes.each(n, [&](int64_t i) { sum[i] = 0; });
     lanes.wait();
@@ -138,7 +148,7 @@ GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, co
     });
   }
   scatter(
-      team, t, s,
+      team, t, s, 2 * work,
       [&](int64_t j, const auto& lanes, double* sum) {
         fill(lanes, t, s, reg, e, j);
         lanes.wait();
@@ -151,6 +161,7 @@ GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, co
   const double linear = team.sum(n, [&](int64_t i) { return t.a[i] > 0 ? alpha[i] * t.a[i] : 0.; });
   e.value = linear - team.sum(m, [&](int64_t j) { return t.b[j] > 0 ? s.columns[1][j] : 0.; });
   e.residual = team.sum(n, [&](int64_t i) { return __builtin_fabs(e.grad[i]); });
+  e.work = 1 + int64_t(team.sum(m, [&](int64_t j) { return 2. * double(e.count[j]); }) / double(m));
   s.list_work = 1 + int64_t(team.sum(m, [&](int64_t j) { return double(c.count[j]); }) / double(m));
   return true;
 }

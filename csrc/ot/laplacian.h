@@ -10,7 +10,7 @@ template <class Team>
 GRADOPS_TEAM void laplacian_degree(Team& team, const Transport& t, const TransportState& s, const Evaluation& e,
                                    double* degree) {
   scatter(
-      team, t, s,
+      team, t, s, e.work,
       [&](int64_t j, const auto& lanes, double* sum) {
         const int32_t* row = e.support + j * t.capacity;
         lanes.each(e.count[j], [&](int64_t k) { sum[row[k]] += 1; });
@@ -24,7 +24,7 @@ template <class Team>
 GRADOPS_TEAM void laplacian_apply(Team& team, const Transport& t, const TransportState& s, const Evaluation& e,
                                   const double* degree, double lam, const double* v, double* out) {
   scatter(
-      team, t, s,
+      team, t, s, e.work,
       [&](int64_t j, const auto& lanes, double* sum) {
         const int32_t* row = e.support + j * t.capacity;
         const int64_t count = e.count[j];

@@ -86,7 +86,7 @@ GRADOPS_TEAM void predict(Team& team, const Transport& t, TransportState& s, dou
   const Evaluation& e = s.now;
   laplacian_degree(team, t, s, e, v.degree);
   scatter(
-      team, t, s,
+      team, t, s, e.work,
       [&](int64_t j, const auto& lanes, double* sum) {
         const double *weight = e.weight + j * t.capacity, even = t.b[j] / double(e.count[j]);
         const int32_t* row = e.support + j * t.capacity;

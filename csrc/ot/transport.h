@@ -59,6 +59,7 @@ constexpr double kMassTolerance = 1e-5;  // relative, between the sums of a and 
 struct Evaluation {
   double value;      // with shifted costs
   double residual;   // |grad|_1
+  int64_t work;      // about what a visit to a column's entries touches
   double* grad;      // n: a - T 1
   double* tau;       // m
   int32_t* support;  // m x capacity: rows of column j's entries
