@@ -1,4 +1,4 @@
-"""solve with max_nz against POT's semi-dual solver, both to their own stops: time, and how far below the dual's maximum."""
+"""solve with max_nz against POT's semi-dual solver, both to their own stops: time, and distance to the dual's bound."""
 import contextlib
 import io
 from collections.abc import Callable, Iterator
@@ -61,4 +61,5 @@ def cases(settings: Settings) -> Iterator[Case]:
 
         yield Case("solve", f"{n}x{m}", M.dtype, variant=f"reg {reg:g}, max_nz {k}, below the bound",
                    ours=lambda M=M, a=a, b=b, r=reg, k=k: ot.solve(M, a, b, reg=r, max_nz=k),
-                   peers=pot(M, a, b, reg, k) if k < n else {}, error=short, bytes=float(M.nbytes), reads=True)  # fmt: skip
+                   peers=pot(M, a, b, reg, k) if k < n else {}, error=short, bytes=float(M.nbytes),
+                   reads=True)  # fmt: skip

@@ -84,7 +84,7 @@ GRADOPS_TEAM bool smooth_evaluate(Team& team, const Transport& t, TransportState
       });
   }
   scatter(
-      team, t, s,
+      team, t, s, 4 * s.list_work,
       [&](int64_t j, const auto& lanes, double* sum) {
         smooth_fill(lanes, t, s, alpha, w, e, j);
         lanes.wait();
@@ -106,7 +106,7 @@ template <class Team>
 GRADOPS_TEAM void smooth_degree(Team& team, const Transport& t, const TransportState& s, const Smoothing& w,
                                 const SmoothEvaluation& e, double* degree) {
   scatter(
-      team, t, s,
+      team, t, s, 4 * s.list_work,
       [&](int64_t j, const auto& lanes, double* sum) {
         const double *weight = e.e.weight + j * t.capacity, theta = e.theta[j];
         const int32_t* row = e.e.support + j * t.capacity;
@@ -121,7 +121,7 @@ GRADOPS_TEAM void smooth_apply(Team& team, const Transport& t, const TransportSt
                                const SmoothEvaluation& e, const double* degree, double lam, const double* v,
                                double* out) {
   scatter(
-      team, t, s,
+      team, t, s, 4 * s.list_work,
       [&](int64_t j, const auto& lanes, double* sum) {
         const double *weight = e.e.weight + j * t.capacity, theta = e.theta[j];
         const int32_t* row = e.e.support + j * t.capacity;

@@ -42,8 +42,8 @@ def main() -> None:
     print("max_nz  dual value  bound - dual  rows, sparse  rows, averaged  entries/column  status")
     for k, s, r in zip(counts, sparse, averaged, strict=True):
         entries = float((r.plan.to_dense() > 0).sum()) / options.n
-        print(f"{k:6d}  {float(s.dual_value):10.7f}  {float(s.value - s.dual_value):12.1e}  {float(s.marginal_err):12.1e}"
-              f"  {float(r.marginal_err):14.1e}  {entries:14.2f}  {s.status}")
+        print(f"{k:6d}  {float(s.dual_value):10.7f}  {float(s.value - s.dual_value):12.1e}"
+              f"  {float(s.marginal_err):12.1e}  {float(r.marginal_err):14.1e}  {entries:14.2f}  {s.status}")
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -15,7 +15,7 @@ def problem(n, m, batch=(), seed=0):
 def both(cuda_backend, M, a, b, k=0, reg=0.3, x=None, y=None, lengths=(None, None), averaged=False, max_iter=300):
     """The same call on the CPU and on CUDA: (alpha, beta, index, weight, report) of each."""
     device, ops = cuda_backend
-    there = lambda t: None if t is None else t.to(device)  # noqa: E731
+    there = lambda t: None if t is None else t.to(device)
     tensors = (M, x, y, a, b, None, *lengths)
     width = a.shape[-1] if averaged or not k else k
     settings = (reg, k, 1e-6, 1e-9, max_iter, width, averaged)

@@ -53,6 +53,15 @@ def solve(
     of the plan's sparse graph, along a path of falling ``reg``. It says ``"converged"`` only if the marginals hold to
     ``tol`` and a plan rounded onto both marginals proves the value to ``tol / 1000``.
 
+    With ``max_nz`` the semi-dual of the constraint (Liu, Puigcerver and Blondel 2023) has kinks. It is smoothed by a
+    quadratic term on the conjugate, half the squared k-support norm, and maximised by Newton steps while the smoothing
+    falls. Its maximum is that of the convex relaxation: below the natural support (the widest column of the quadratic
+    plan) the plan with ``max_nz`` entries per column in general misses the rows, by ``marginal_err``, however long one
+    solves, and the status is ``"stagnated"``. ``value`` is then the relaxation's at a feasible plan: no potentials of
+    any method have a dual value above it, so ``gap`` says how far the dual is from its maximum; not how far the plan is
+    from the best sparse one. ``"converged"`` means that the rows hold: from the natural support on, where the answer is
+    the quadratic one, and for ``max_nz=1`` on assignment problems, where the relaxation is exact.
+
     Costs may have any scale and any offset: every test is free of both. All arithmetic that decides is float64,
     whatever the costs' dtype; costs themselves are taken as they are, exactly.
 
@@ -72,7 +81,8 @@ def solve(
         method: ``"auto"``.
         n_len, m_len: ``(...)``, integers: problem i is only the first ``n_len[i]`` rows and ``m_len[i]`` columns of its
             costs; what is outside is not read, and is 0 in the results.
-        plan_kind: ``"sparse"``.
+        plan_kind: with ``max_nz``, ``"sparse"``: never more entries per column, rows up to ``marginal_err``; or
+            ``"averaged"``: the plan of the relaxation, which nearly meets the rows, with more entries in some columns.
 
     Returns:
         An `OTResult` with plan, value, dual value, gap, error of the marginals, potentials and status per problem.
