@@ -69,7 +69,7 @@ GRADOPS_TEAM bool refresh(Team& team, const Transport& t, TransportState& s, con
   open_epoch(team, t, s, alpha);
   const Candidates& c = s.lists;
   const int32_t newest = c.newest;
-  const double slack = 1e-15 * (s.shift < 0 ? -s.shift : s.shift);
+  const double slack = 1e-15 * ((s.shift < 0 ? -s.shift : s.shift) + s.spread);  // rounding of a shifted cost
   ColumnScan scan{t.cost, alpha, c.scan_low, c.index, c.scan_count, t.capacity};
   if (cold) {
     team.each(m, [&](int64_t j) { s.columns[0][j] = reg * t.b[j], c.scan_low[j] = 0; });

@@ -12,6 +12,11 @@
 #else
 #define GRADOPS_OT [[gnu::always_inline]] inline
 #endif
+#if defined(__CUDACC__)  // a function of its own: inlined everywhere it takes ptxas long
+#define GRADOPS_OT_CALL __host__ __device__ __noinline__
+#else
+#define GRADOPS_OT_CALL GRADOPS_OT
+#endif
 
 namespace gradops {
 
@@ -41,7 +46,7 @@ GRADOPS_OT double stored_number(Element e, const void* p, int64_t i) {
 }
 
 // Of points: differences, squares and sums in double, so that nothing cancels.
-GRADOPS_OT double cost_at(const Cost& c, int64_t i, int64_t j) {
+GRADOPS_OT_CALL double cost_at(const Cost& c, int64_t i, int64_t j) {
   if (c.matrix) return stored_number(c.element, c.matrix, i * c.m + j);
   double sum = 0;
   for (int64_t k = 0; k < c.d; ++k) {

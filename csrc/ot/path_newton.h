@@ -37,7 +37,9 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
       if (s.evaluations >= t.max_iter) return NewtonEnd::limit;
       const double lam = mu * (relative < 1 ? relative : 1) * (mean > 1 ? mean : 1);
       const double rtol = relative < 0.01 ? __builtin_sqrt(relative) : 0.1;
-      s.products += conjugate_gradients(team, t, s, e, v.degree, lam, v.rhs, rtol, 300, v.cg, v.step);
+      s.products += conjugate_gradients(
+          team, n, [&](const double* x, double* y) { laplacian_apply(team, t, s, e, v.degree, lam, x, y); }, v.degree,
+          lam, v.rhs, rtol, 300, v.cg, v.step);
       s.newton += 1;
       if (lone > 0)
         team.columns(n, 1 + int64_t(lone * double(t.cost.m) / double(n)), [&](int64_t i, const auto& lanes) {
@@ -92,7 +94,9 @@ GRADOPS_TEAM void predict(Team& team, const Transport& t, TransportState& s, dou
         lanes.wait();
       },
       [](int64_t, double sum) { return sum; }, v.rhs);
-  s.products += conjugate_gradients(team, t, s, e, v.degree, 1e-3, v.rhs, 1e-2, 300, v.cg, v.step);
+  s.products += conjugate_gradients(
+      team, n, [&](const double* x, double* y) { laplacian_apply(team, t, s, e, v.degree, 1e-3, x, y); }, v.degree,
+      1e-3, v.rhs, 1e-2, 300, v.cg, v.step);
   team.each(n, [&](int64_t i) {
     if (t.a[i] > 0) v.alpha[i] += (next - reg) * v.step[i];
   });

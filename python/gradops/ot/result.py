@@ -30,7 +30,8 @@ class OTResult:
         gap: ``(...)``, ``value - dual_value`` relative to the value with costs counted from their minimum, so that
             neither scaling nor shifting the costs changes it.
         marginal_err: ``(...)``, :math:`\|T\mathbf{1} - a\|_1 / \|a\|_1`.
-        ties: ``(...)``, columns in which the choice of the ``max_nz`` largest was a tie; 0 without ``max_nz``.
+        ties: ``(...)``, columns in which the relaxed plan has more than ``max_nz`` entries, where the dual has its
+            kinks; 0 without ``max_nz``.
         potentials: ``alpha (..., n)``, whose mean is 0, and ``beta (..., m)``.
         n_iter: ``(...)``, int64, evaluations of the dual.
         status_code: ``(...)``, int64, places in ``STATUS``.

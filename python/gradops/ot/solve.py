@@ -14,7 +14,7 @@ GAP_TO_TOL = 1e-3  # the value converges faster than the marginals
 _REPORT = 11  # numbers of a TransportReport
 
 
-def _fake(M, x, y, a, b, alpha0, n_len, m_len, reg, max_nz, tol, gap_tol, max_iter, width):
+def _fake(M, x, y, a, b, alpha0, n_len, m_len, reg, max_nz, tol, gap_tol, max_iter, width, averaged):
     index = b.new_empty(*b.shape, width, dtype=torch.int64)
     return (torch.empty_like(a, memory_format=torch.contiguous_format),
             torch.empty_like(b, memory_format=torch.contiguous_format), index,
@@ -53,6 +53,15 @@ def solve(
     of the plan's sparse graph, along a path of falling ``reg``. It says ``"converged"`` only if the marginals hold to
     ``tol`` and a plan rounded onto both marginals proves the value to ``tol / 1000``.
 
+    With ``max_nz`` the semi-dual of the constraint (Liu, Puigcerver and Blondel 2023) has kinks. It is smoothed by a
+    quadratic term on the conjugate, half the squared k-support norm, and maximised by Newton steps while the smoothing
+    falls. Its maximum is that of the convex relaxation: below the natural support (the widest column of the quadratic
+    plan) the plan with ``max_nz`` entries per column in general misses the rows, by ``marginal_err``, however long one
+    solves, and the status is ``"stagnated"``. ``value`` is then the relaxation's at a feasible plan: no potentials of
+    any method have a dual value above it, so ``gap`` says how far the dual is from its maximum; not how far the plan is
+    from the best sparse one. ``"converged"`` means that the rows hold: from the natural support on, where the answer is
+    the quadratic one, and for ``max_nz=1`` on assignment problems, where the relaxation is exact.
+
     Costs may have any scale and any offset: every test is free of both. All arithmetic that decides is float64,
     whatever the costs' dtype; costs themselves are taken as they are, exactly.
 
@@ -72,7 +81,8 @@ def solve(
         method: ``"auto"``.
         n_len, m_len: ``(...)``, integers: problem i is only the first ``n_len[i]`` rows and ``m_len[i]`` columns of its
             costs; what is outside is not read, and is 0 in the results.
-        plan_kind: ``"sparse"``.
+        plan_kind: with ``max_nz``, ``"sparse"``: never more entries per column, rows up to ``marginal_err``; or
+            ``"averaged"``: the plan of the relaxation, which nearly meets the rows, with more entries in some columns.
 
     Returns:
         An `OTResult` with plan, value, dual value, gap, error of the marginals, potentials and status per problem.
@@ -109,7 +119,7 @@ def solve(
     check_reg(reg)
     check_max_nz(max_nz)
     check_one_of(method, "method", ("auto",))
-    check_one_of(plan_kind, "plan_kind", ("sparse",))
+    check_one_of(plan_kind, "plan_kind", ("sparse", "averaged"))
     if not 0 < tol < 1:
         raise ValueError(f"tol must be between 0 and 1, got {tol}")
     if max_iter < 1:
@@ -119,13 +129,15 @@ def solve(
         alpha0 = alpha0.to(torch.float64).expand(a.shape)
     most = 0 if max_nz is None or max_nz >= n else max_nz
     known = all(may_look(t) for t in (a, b, *costs.tensors))
-    slots = max(most or (min(n, 64) if known else n), 1)
+    averaged = plan_kind == "averaged" and most > 0
+    slots = max(min(n, 4 * most + 16 if known else n) if averaged else most or (min(n, 64) if known else n), 1)
 
     def run(width: int, start: Tensor | None) -> tuple[Tensor, ...]:
-        return _solve(*costs, a, b, start, *lengths, float(reg), most, float(tol), tol * GAP_TO_TOL, max_iter, width)
+        return _solve(*costs, a, b, start, *lengths, float(reg), most, float(tol), tol * GAP_TO_TOL, max_iter, width,
+                         averaged)
 
     alpha, beta, index, weight, report = run(slots, alpha0)
-    if known and report.numel() and not most:
+    if known and report.numel() and (averaged or not most):
         widest = max(int(report[..., 10].nan_to_num().max()), 1)
         if widest > slots:  # from its solution it takes an evaluation or two
             evaluations = report[..., 5]
