@@ -23,7 +23,7 @@ int64_t find(int64_t* parent, int64_t i) {
 }
 
 void build(Graph& s, const PlanVjpTask& t, int64_t item) {
-  const int32_t* index = t.index + item * t.m * t.width;
+  const int64_t* index = t.index + item * t.m * t.width;
   const double* value = t.value + item * t.m * t.width;
   int64_t entries = 0;
   double* degree = s.scale;
@@ -35,7 +35,7 @@ void build(Graph& s, const PlanVjpTask& t, int64_t item) {
       if (index[k] < 0 || index[k] >= t.n)
         refuse_value("indices of the plan", "be in [0, " + std::to_string(t.n) + ") where its values are positive",
                      index[k]);
-      s.row[entries++] = index[k];
+      s.row[entries++] = int32_t(index[k]);
     }
     const double share = 1. / double(entries - s.begin[j]);
     for (int64_t k = s.begin[j]; k < entries; ++k) {

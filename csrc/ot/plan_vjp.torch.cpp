@@ -9,8 +9,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> plan_vjp(const Tensor& index_in, const Tensor& value_in, const Tensor& g_in,
                                             const Tensor& p_in, const Tensor& q_in) {
   const int64_t dim = index_in.dim();
-  STD_TORCH_CHECK(dim >= 2 && index_in.scalar_type() == ScalarType::Int,
-                  "plan_vjp: index must be int32 (..., m, width)");
+  STD_TORCH_CHECK(dim >= 2 && index_in.scalar_type() == ScalarType::Long,
+                  "plan_vjp: index must be int64 (..., m, width)");
   const auto check = [&](const Tensor& x, int64_t dims, const char* what) {
     bool good = x.scalar_type() == ScalarType::Double && x.dim() == dims;
     for (int64_t i = 0; good && i + 2 < dim; ++i) good = x.size(i) == index_in.size(i);
@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> plan_vjp(const Tensor& index_in, const Tensor
   Tensor r = new_like(g), u = new_like(p), v = new_like(q);
   const auto read = [](const Tensor& x) { return static_cast<const double*>(x.const_data_ptr()); };
   const auto write = [](Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); };
-  cpu::plan_vjp({static_cast<const int32_t*>(index.const_data_ptr()), read(value), read(g), read(p), read(q), write(r),
+  cpu::plan_vjp({static_cast<const int64_t*>(index.const_data_ptr()), read(value), read(g), read(p), read(q), write(r),
                  write(u), write(v), batch, n, m, width});
   return {r, u, v};
 }

@@ -8,7 +8,7 @@ from . import Call
 def split(x):
     """g is x, on a support with a hole; every column's entries are the first rows."""
     m, width = x.shape[-2:]
-    index = torch.arange(width, dtype=torch.int32).expand(x.shape)
+    index = torch.arange(width).expand(x.shape)
     value = torch.ones(x.shape, dtype=torch.float64)
     value[..., ::2, -1:] = 0
     rows = x.new_zeros((*x.shape[:-2], width)).double()

@@ -9,7 +9,7 @@ def problem(n, m, width, batch=(), seed=0):
     """A random support with empty columns, unused rows, unused places and a few components."""
     g = torch.Generator().manual_seed(seed)
     shape = (*batch, m, width)
-    index = torch.rand(*batch, m, n, generator=g).argsort(-1)[..., :width].int()
+    index = torch.rand(*batch, m, n, generator=g).argsort(-1)[..., :width]
     value = torch.rand(shape, generator=g, dtype=torch.float64)
     value[torch.rand(shape, generator=g) < 0.4] = 0
     index[value == 0] = -1
@@ -24,7 +24,7 @@ def test_matches_dense_algebra(n, m, width):
     for x, y in zip(ours, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
     # p and q that a plan on this support can follow: its own marginals
-    rows = torch.zeros_like(p).scatter_add_(-1, index.clamp_min(0).flatten(-2).long(), value.flatten(-2))
+    rows = torch.zeros_like(p).scatter_add_(-1, index.clamp_min(0).flatten(-2), value.flatten(-2))
     for x, y in zip(plan_vjp(index, value, g, rows, value.sum(-1)), reference(index, value, g, rows, value.sum(-1)),
                     strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
@@ -32,11 +32,11 @@ def test_matches_dense_algebra(n, m, width):
 
 def test_a_long_path():  # the Laplacian with the worst condition: its eigenvalues come down to 1 / n^2
     n = 400
-    index = torch.stack([torch.arange(n - 1), torch.arange(1, n)], 1).int()
+    index = torch.stack([torch.arange(n - 1), torch.arange(1, n)], 1)
     g = torch.randn(n - 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     r, u, v = plan_vjp(index, torch.ones_like(g), g, torch.zeros(n, dtype=torch.float64), torch.zeros(n - 1).double())
     assert r.abs().max() < 1e-11  # a forest carries no plan with zero marginals but zero
-    torch.testing.assert_close(u[index.long()] + v[:, None], g, rtol=0, atol=1e-11)
+    torch.testing.assert_close(u[index] + v[:, None], g, rtol=0, atol=1e-11)
 
 
 def test_derivatives_of_any_order():

@@ -22,7 +22,7 @@ def plan_vjp(index: Tensor, value: Tensor, g: Tensor, p: Tensor, q: Tensor) -> t
     computed from T are :math:`-r / reg` in M, u in a and v in b for :math:`g` the gradient in T.
 
     Args:
-        index: ``(..., m, width)`` int32: the rows of every column's entries.
+        index: ``(..., m, width)`` int64: the rows of every column's entries.
         value: ``(..., m, width)`` float64: the entries; those that are positive are the support. A constant here:
             which entries are positive does not change for a small change of anything.
         g: ``(..., m, width)`` float64.

@@ -11,7 +11,7 @@ def plan_vjp(index: Tensor, value: Tensor, g: Tensor, p: Tensor, q: Tensor) -> t
                                     g.reshape(-1, m, index.shape[-1]), p.reshape(-1, n), q.reshape(-1, m), strict=True):
         column, place = (t > 0).nonzero(as_tuple=True)
         edge = torch.zeros(len(column), n + m, dtype=torch.float64)  # one row per entry: its marginals
-        edge[torch.arange(len(column)), rows[column, place].long()] = 1
+        edge[torch.arange(len(column)), rows[column, place]] = 1
         edge[torch.arange(len(column)), n + column] = 1
         laplacian = edge.T @ edge
         x = x[column, place]
@@ -23,7 +23,8 @@ def plan_vjp(index: Tensor, value: Tensor, g: Tensor, p: Tensor, q: Tensor) -> t
             uv[nodes[nodes >= n]] += shift
         r = torch.zeros_like(t)
         r[column, place] = x - edge @ uv
-        rs.append(r), us.append(uv[:n]), vs.append(uv[n:])
+        for out, x in ((rs, r), (us, uv[:n]), (vs, uv[n:])):
+            out.append(x)
     return torch.stack(rs).reshape(g.shape), torch.stack(us).reshape(p.shape), torch.stack(vs).reshape(q.shape)
 
 
