@@ -12,7 +12,7 @@
 namespace gradops {
 
 struct PlanVjpTask {     // contiguous
-  const int32_t* index;  // batch x m x width: rows, distinct within a column
+  const int64_t* index;  // batch x m x width: rows, distinct within a column
   const double* value;   // batch x m x width: entries > 0 are the support; a NaN makes its item NaN
   const double* g;       // batch x m x width
   const double *p, *q;   // batch x n, batch x m
