@@ -146,7 +146,7 @@ def _semidual_backward(reg, max_nz, kept, gradients):
     scale = gradients[0]
     if isinstance(scale, SymbolicZero):
         scale = jnp.zeros(scale.shape, scale.dtype)
-    parts = (scale[..., None] * gradient, scale[..., None, None] * -T, scale[..., None] * alpha, scale[..., None] * -tau)
+    parts = (scale[..., None] * gradient, scale[..., None, None] * T, scale[..., None] * alpha, scale[..., None] * -tau)
     return tuple(g.astype(t.dtype) for g, t in zip(parts, like, strict=True))
 
 

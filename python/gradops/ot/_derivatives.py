@@ -1,0 +1,108 @@
+"""Derivatives of a solution of `solve`: of its values by the envelope theorem, of its plan while the support stays."""
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._op import primals
+from ._problem import Costs
+from .plan_vjp import plan_vjp
+
+# alpha, beta, indices and values of the plan, value, dual value, and what has no derivative
+Numbers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def differentiable(run: Callable[[Costs, Tensor, Tensor], Numbers], costs: Costs, a: Tensor, b: Tensor, reg: float
+                   ) -> Numbers:
+    """run(costs, a, b), with derivatives in its arguments."""
+    return _Solution.apply(lambda M, x, y, a, b: run(Costs(M, x, y), a, b), reg, *costs, a, b)
+
+
+class _Solution(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(run: Any, reg: float, M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: Tensor
+                ) -> Numbers:
+        return run(M, x, y, a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        _, ctx.reg, M, x, y, a, b = inputs
+        alpha, beta, index, T, *_ = output
+        ctx.mark_non_differentiable(index)
+        ctx.set_materialize_grads(False)
+        ctx.dtype = (a if M is None else M).dtype
+        ctx.save_for_backward(x, y, alpha, beta, index, T)
+        ctx.save_for_forward(x, y, alpha, beta, index, T)
+
+    @staticmethod
+    def backward(ctx: Any, to_alpha: Tensor | None, to_beta: Tensor | None, _: Any, to_plan: Tensor | None,
+                 to_value: Tensor | None, to_dual: Tensor | None, to_rest: Tensor | None):
+        if to_alpha is not None or to_beta is not None:
+            raise RuntimeError("solve: potentials have no derivative, so that value has no second derivative in a and b; "
+                               "detach them")
+        if to_rest is not None:
+            raise RuntimeError("solve: gap, marginal_err and ties have no derivative; detach them")
+        x, y, alpha, beta, index, T = ctx.saved_tensors
+        edges, rows, columns = torch.zeros_like(T), torch.zeros_like(alpha), torch.zeros_like(beta)
+        for scale in (to_value, to_dual):
+            if scale is not None:
+                edges, rows, columns = edges + scale[..., None, None] * T, rows + scale[..., None] * alpha, (
+                    columns + scale[..., None] * beta)
+        if to_plan is not None:
+            r, u, v = plan_vjp(index, T, to_plan, torch.zeros_like(alpha), torch.zeros_like(beta))
+            edges, rows, columns = edges - r / ctx.reg, rows + u, columns + v
+        wants = ctx.needs_input_grad
+        to_M = to_x = to_y = None
+        if x is None:
+            if wants[2]:
+                dense = edges.new_zeros(*edges.shape[:-1], alpha.shape[-1]).scatter_add(-1, index, edges)
+                to_M = dense.mT.to(ctx.dtype)
+        elif wants[3] or wants[4]:
+            pulls = 2 * edges[..., None] * _differences(x, y, index)
+            to_y = -pulls.sum(-2).to(y.dtype)
+            to_x = _add_rows(pulls, index, alpha.shape[-1]).to(x.dtype)
+        return None, None, to_M, to_x, to_y, rows, columns
+
+    @staticmethod
+    def jvp(ctx: Any, _run: Any, _reg: Any, M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor | None,
+            b: Tensor | None):
+        at_x, at_y, alpha, beta, index, T = (None if t is None else primals([t])[0] for t in ctx.saved_tensors)
+        edges = torch.zeros_like(T)
+        if M is not None:
+            edges = M.mT.gather(-1, index).to(torch.float64)
+        for t, sign in ((x, 1), (y, -1)):
+            if t is not None:
+                moved = _points(t, index) if sign > 0 else t.to(torch.float64)[..., None, :]
+                edges = edges + 2 * sign * (_differences(at_x, at_y, index) * moved).sum(-1)
+        a = torch.zeros_like(alpha) if a is None else a
+        b = torch.zeros_like(beta) if b is None else b
+        value = (T * edges).sum((-2, -1)) + (alpha * a).sum(-1) + (beta * b).sum(-1)
+        plan, _, _ = plan_vjp(index, T, -edges / ctx.reg, -a, -b)
+        unknown = torch.full_like(value, torch.nan)[..., None]  # rather than a silent 0
+        return (unknown.expand(alpha.shape), unknown.expand(beta.shape), None, plan, value, value,
+                unknown.expand(*value.shape, _REST))
+
+
+_REST = 3  # gap, marginal_err, ties
+
+
+def _points(x: Tensor, index: Tensor) -> Tensor:
+    """The points x of every entry, (..., m, width, d)."""
+    flat = index.flatten(-2)[..., None]
+    return x.to(torch.float64).gather(-2, flat.expand(*flat.shape[:-1], x.shape[-1])).unflatten(-2, index.shape[-2:])
+
+
+def _differences(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    return _points(x, index) - y.to(torch.float64)[..., None, :]
+
+
+def _add_rows(pulls: Tensor, index: Tensor, n: int) -> Tensor:
+    """(..., n, d): sums of what belongs to each row; index_put sorts on CUDA, where others add in any order."""
+    *batch, m, width, d = pulls.shape
+    first = torch.arange(0, index.numel() // max(m * width, 1) * n, n, device=index.device)[:, None]
+    flat = (index.reshape(-1, m * width) + first).reshape(-1) if index.numel() else index.reshape(-1)
+    sums = pulls.new_zeros(first.numel() * n, d).index_put((flat,), pulls.reshape(-1, d), accumulate=True)
+    return sums.reshape(*batch, n, d)
