@@ -40,7 +40,7 @@ def pair(x: Tensor, y: Tensor, coupling: str) -> Tensor:
     """x (batches, size, 2) in the order of its partners in y."""
     if coupling == "independent":
         return x
-    result = ot.solve(x=x, y=y, reg=0.1 * x.shape[-2], max_nz=1 if coupling == "max_nz = 1" else None, tol=1e-3)
+    result = ot.solve(None, x=x, y=y, reg=0.1 * x.shape[-2], max_nz=1 if coupling == "max_nz = 1" else None, tol=1e-3)
     values, indices = result.plan.values, result.plan.indices
     drawn = torch.multinomial(values.flatten(0, -2), 1).reshape(*values.shape[:-1], 1)
     return x.gather(-2, indices.gather(-1, drawn).expand(x.shape))

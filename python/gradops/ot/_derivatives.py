@@ -9,14 +9,14 @@ from .._op import primals
 from ._problem import Costs
 from .plan_vjp import plan_vjp
 
-# alpha, beta, indices and values of the plan, value, dual value, and what has no derivative
-Numbers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# alpha, beta, indices and values of the plan, value, dual value; then gap, marginal_err and ties; n_iter and status
+Numbers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def differentiable(run: Callable[[Costs, Tensor, Tensor], Numbers], costs: Costs, a: Tensor, b: Tensor, reg: float
                    ) -> Numbers:
     """run(costs, a, b), with derivatives in its arguments."""
-    return _Solution.apply(lambda M, x, y, a, b: run(Costs(M, x, y), a, b), reg, *costs, a, b)
+    return _Solution.apply(run, reg, *costs, a, b)
 
 
 class _Solution(torch.autograd.Function):
@@ -25,13 +25,14 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def forward(run: Any, reg: float, M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: Tensor
                 ) -> Numbers:
-        return run(M, x, y, a, b)
+        out = run(Costs(M, x, y), a, b)
+        return tuple(t.clone(memory_format=torch.contiguous_format) for t in out)  # no views of each other
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
         _, ctx.reg, M, x, y, a, b = inputs
         alpha, beta, index, T, *_ = output
-        ctx.mark_non_differentiable(index)
+        ctx.mark_non_differentiable(index, output[-1])
         ctx.set_materialize_grads(False)
         ctx.dtype = (a if M is None else M).dtype
         ctx.save_for_backward(x, y, alpha, beta, index, T)
@@ -39,11 +40,11 @@ class _Solution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, to_alpha: Tensor | None, to_beta: Tensor | None, _: Any, to_plan: Tensor | None,
-                 to_value: Tensor | None, to_dual: Tensor | None, to_rest: Tensor | None):
+                 to_value: Tensor | None, to_dual: Tensor | None, to_quality: Tensor | None, _counts: Any):
         if to_alpha is not None or to_beta is not None:
             raise RuntimeError("solve: potentials have no derivative, so that value has no second derivative in a and b; "
                                "detach them")
-        if to_rest is not None:
+        if to_quality is not None:
             raise RuntimeError("solve: gap, marginal_err and ties have no derivative; detach them")
         x, y, alpha, beta, index, T = ctx.saved_tensors
         edges, rows, columns = torch.zeros_like(T), torch.zeros_like(alpha), torch.zeros_like(beta)
@@ -81,12 +82,8 @@ class _Solution(torch.autograd.Function):
         b = torch.zeros_like(beta) if b is None else b
         value = (T * edges).sum((-2, -1)) + (alpha * a).sum(-1) + (beta * b).sum(-1)
         plan, _, _ = plan_vjp(index, T, -edges / ctx.reg, -a, -b)
-        unknown = torch.full_like(value, torch.nan)[..., None]  # rather than a silent 0
-        return (unknown.expand(alpha.shape), unknown.expand(beta.shape), None, plan, value, value,
-                unknown.expand(*value.shape, _REST))
-
-
-_REST = 3  # gap, marginal_err, ties
+        unknown = [t * torch.nan for t in (alpha, beta, torch.stack([value] * 3, -1))]  # rather than a silent 0
+        return unknown[0], unknown[1], None, plan, value, value.clone(), unknown[2], None
 
 
 def _points(x: Tensor, index: Tensor) -> Tensor:

@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_integers, check_one_of, may_look
-from .._op import refuse_derivative, register
+from .._op import needs_derivative, refuse_derivative, register
+from ._derivatives import Numbers, differentiable
 from ._problem import Costs, check_costs, check_max_nz, check_reg, check_weights
 from .result import STATUS, OTResult, Potentials
 from .sparse_plan import SparsePlan
@@ -85,6 +86,13 @@ def solve(
     A masked problem (``+inf`` costs) is found infeasible if a row or a column with mass has no finite cost. Other kinds of
     infeasibility are not detected as such: they end as ``"stalled"`` or ``"iteration_limit"``.
 
+    Differentiable in ``M``, ``x``, ``y``, ``a`` and ``b``, in both modes. ``value`` and ``dual_value`` by the envelope
+    theorem: their gradient is the plan in ``M``, ``alpha`` in ``a`` and ``beta`` in ``b``, where only changes that keep
+    the sums alike mean anything. ``plan.values`` with the support held, to any order: exact without ``max_nz`` where no
+    entry is about to enter or leave (elsewhere a one-sided derivative). With ``max_nz`` the plan's derivative is that of
+    a quadratic plan on its support; a heuristic at ties, and wherever the marginals do not hold. Values have second
+    derivatives in the costs. Everything else has no derivative, and says so.
+
     Semi-dual and path: Blondel, Seguy and Rolet (2018); Newton: Lorenz, Manns and Meyer (2021), here with Levenberg's and
     Marquardt's damping; rounding: Altschuler, Weed and Rigollet (2017, Algorithm 2). POT: ``ot.smooth``. Near the
     solution an iteration takes time in the order of the plan's entries; the costs are read again only for columns whose
@@ -102,7 +110,7 @@ def solve(
         >>> result.status, round(float(result.value), 4)
         ('converged', 0.1667)
     """
-    refuse_derivative("solve", M=M, a=a, b=b, x=x, y=y, alpha0=alpha0)
+    refuse_derivative("solve", alpha0=alpha0)
     costs, a, b, lengths = _problem(M, a, b, x, y, n_len, m_len)
     n, m = costs.size
     check_reg(reg)
@@ -117,24 +125,31 @@ def solve(
         check_weights(alpha0, "alpha0", n, costs)
         alpha0 = alpha0.to(torch.float64).expand(a.shape)
     most = 0 if max_nz is None or max_nz >= n else max_nz
-    known = all(may_look(t) for t in (a, b, *costs.tensors))
-    slots = max(most or (min(n, 64) if known else n), 1)
 
-    def run(width: int, start: Tensor | None) -> tuple[Tensor, ...]:
-        return raw_solve(*costs, a, b, start, *lengths, float(reg), most, float(tol), tol * GAP_TO_TOL, max_iter, width)
+    def numbers(costs: Costs, a: Tensor, b: Tensor) -> Numbers:
+        known = all(may_look(t) for t in (a, b, *costs.tensors))
+        slots = max(most or (min(n, 64) if known else n), 1)
 
-    alpha, beta, index, weight, report = run(slots, alpha0)
-    if known and report.numel() and not most:
-        widest = max(int(report[..., 10].nan_to_num().max()), 1)
-        if widest > slots:  # from its solution it takes an evaluation or two
-            evaluations = report[..., 5]
-            alpha, beta, index, weight, report = run(widest, alpha)
-            report[..., 5] += evaluations
-        else:
-            index, weight = index[..., :widest], weight[..., :widest]
-    value, dual_value, gap, marginal_err, ties, n_iter, status = report[..., :7].unbind(-1)
-    return OTResult(SparsePlan(index, weight, (*a.shape[:-1], n, m)), value, dual_value, gap, marginal_err, ties,
-                    Potentials(alpha, beta), n_iter.to(torch.int64), status.to(torch.int64))
+        def run(width: int, start: Tensor | None) -> tuple[Tensor, ...]:
+            return raw_solve(*costs, a, b, start, *lengths, float(reg), most, float(tol), tol * GAP_TO_TOL, max_iter,
+                             width)
+
+        alpha, beta, index, weight, report = run(slots, alpha0)
+        if known and report.numel() and not most:
+            widest = max(int(report[..., 10].nan_to_num().max()), 1)
+            if widest > slots:  # from its solution it takes an evaluation or two
+                evaluations = report[..., 5]
+                alpha, beta, index, weight, report = run(widest, alpha)
+                report[..., 5] += evaluations
+            else:
+                index, weight = index[..., :widest], weight[..., :widest]
+        return alpha, beta, index, weight, report[..., 0], report[..., 1], report[..., 2:5], report[..., 5:7].long()
+
+    derived = needs_derivative(*costs.tensors, a, b)
+    found = differentiable(numbers, costs, a, b, float(reg)) if derived else numbers(costs, a, b)
+    alpha, beta, index, weight, value, dual_value, quality, counts = found
+    return OTResult(SparsePlan(index, weight, (*a.shape[:-1], n, m)), value, dual_value, *quality.unbind(-1),
+                    Potentials(alpha, beta), *counts.unbind(-1))
 
 
 def _problem(M: Tensor | None, a: Tensor | None, b: Tensor | None, x: Tensor | None, y: Tensor | None,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..result import STATUS, OTResult, Potentials
 from ..sparse_plan import SparsePlan
-from ._dense import SemiDual, ascend, quadratic, rounded
+from ._dense import SemiDual, ascend, newton, quadratic, rounded
 from .semidual import costs_of
 
 
@@ -55,14 +55,21 @@ def _one(M: Tensor, a: Tensor, b: Tensor, reg: float, max_nz: int | None, tol: f
     C = C - shift
     start = torch.where(C.isfinite(), C, 0).sum(1) / C.isfinite().sum(1)
     k = max_nz if bounded else None
-    alpha, at, calls = quadratic(start, C, left, right, reg, tol * 1e-3, max_iter)
+    alpha, at, calls = quadratic(start, C, left, right, reg, tol, max_iter)
     if bounded:
         alpha, used = ascend(alpha, C, left, right, reg, int(k or 0), max_iter)
         at, calls = SemiDual(alpha, C, left, right, reg, k), calls + used
-    R = rounded(at.T, left, right)
-    value = float((R * C)[R > 0].sum() + reg / 2 * (R**2).sum())
-    error, mass = float(at.gradient.abs().sum() / left.sum()), float(left.sum())
-    gap = (value - at.value) / max(abs(value), 1e-300)
+    mass = float(left.sum())
+    for shrink in (1, 1e-2, 1e-4, 1e-6):
+        if not bounded and shrink < 1:
+            alpha, at, used = newton(alpha, C, left, right, reg, shrink * tol * mass, max_iter)
+            calls += used
+        R = rounded(at.T, left, right)
+        value = float((R * C)[R > 0].sum() + reg / 2 * (R**2).sum())
+        gap = (value - at.value) / max(abs(value), 1e-300)
+        if bounded or gap <= tol * 1e-3:
+            break
+    error = float(at.gradient.abs().sum()) / mass
     good = error <= tol and (bounded or gap <= tol * 1e-3)
     status = "converged" if good else "stagnated" if bounded else "iteration_limit" if calls >= max_iter else "stalled"
     T, potentials = torch.zeros_like(M), torch.empty_like(a)
