@@ -98,7 +98,8 @@ class CpuTeam {
     scan_blocks(t, [&](int64_t begin, int64_t end) { GRADOPS_ISA::scan_columns(t, begin, end); });
   }
   void bounds(const ColumnScan& t, const double* scaled, int64_t max_nz) const {
-    scan_blocks(t, [&](int64_t begin, int64_t end) { GRADOPS_ISA::scan_bounds(t, scaled, max_nz, begin, end); });
+    const int64_t most = max_nz > 0 ? max_nz : t.cost.n;
+    scan_blocks(t, [&](int64_t begin, int64_t end) { GRADOPS_ISA::scan_bounds(t, scaled, most, begin, end); });
   }
 
  private:

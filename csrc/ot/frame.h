@@ -102,6 +102,7 @@ GRADOPS_TEAM void finish(Team& team, const Transport& t, TransportState& s, cons
     r.dual_value = e.value + s.shift * s.mass;
     r.gap = found.gap;
     r.marginal_err = e.residual / mass;
+    r.ties = 0;
     r.n_iter = double(s.evaluations);
     r.status = double(status);
     r.newton = double(s.newton), r.cg = double(s.products), r.scans = s.scanned / double(m > 0 ? m : 1);
