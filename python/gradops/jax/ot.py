@@ -20,7 +20,7 @@ _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 class OTSolution(NamedTuple):
-    """`gradops.ot.OTResult` as arrays; see there. The plan is dense, `status` a place in `gradops.ot.STATUS`."""
+    """`gradops.ot.OTResult` as arrays; see there. The plan is dense, and the status a number."""
 
     plan: jax.Array
     value: jax.Array
@@ -31,7 +31,7 @@ class OTSolution(NamedTuple):
     alpha: jax.Array
     beta: jax.Array
     n_iter: jax.Array
-    status: jax.Array
+    status_code: jax.Array
 
 
 def solve(M: jax.Array, a: jax.Array | None = None, b: jax.Array | None = None, *, reg: float = 1.0,
@@ -63,11 +63,11 @@ def _solve(M, a, b, reg, max_nz, tol, max_iter):
     def run(M, a, b):
         r = ot.solve(_tensor(M), _tensor(a), _tensor(b), reg=reg, max_nz=max_nz, tol=tol, max_iter=max_iter)
         return _arrays(r.plan.to_dense(), r.value, r.dual_value, r.gap, r.marginal_err, r.ties, *r.potentials, r.n_iter,
-                       r.status)
+                       r.status_code)
 
     real, whole = (_shapes(t) for t in (np.float64, np.int64))
     batch = M.shape[:-2]
-    shapes = (real(M.shape), real(batch), real(batch), real(batch), real(batch), whole(batch), real(a.shape),
+    shapes = (real(M.shape), real(batch), real(batch), real(batch), real(batch), real(batch), real(a.shape),
               real(b.shape), whole(batch), whole(batch))
     return OTSolution(*jax.pure_callback(run, shapes, M, a, b, vmap_method="broadcast_all"))
 
