@@ -41,11 +41,10 @@ struct CgVectors {
 };
 
 // x with (L + lam) x = rhs to the relative tolerance rtol in the norm of the inverse diagonal; returns the products.
-template <class Team>
-GRADOPS_TEAM int64_t conjugate_gradients(Team& team, const Transport& t, const TransportState& s, const Evaluation& e,
-                                         const double* degree, double lam, const double* rhs, double rtol, int64_t most,
-                                         const CgVectors& w, double* x) {
-  const int64_t n = t.cost.n;
+// apply(v, out): out = (L + lam) v, of a matrix with the diagonal `degree` + lam.
+template <class Team, class Apply>
+GRADOPS_TEAM int64_t conjugate_gradients(Team& team, int64_t n, const Apply& apply, const double* degree, double lam,
+                                         const double* rhs, double rtol, int64_t most, const CgVectors& w, double* x) {
   const auto both = [&] { return team.sum(n, [&](int64_t i) { return w.rest[i] * w.scaled[i]; }); };
   team.each(n, [&](int64_t i) {
     x[i] = 0;
@@ -56,7 +55,7 @@ GRADOPS_TEAM int64_t conjugate_gradients(Team& team, const Transport& t, const T
   const double stop = rtol * rtol * size;
   int64_t k = 0;
   while (k < most && size > stop) {
-    laplacian_apply(team, t, s, e, degree, lam, w.direction, w.product);
+    apply(w.direction, w.product);
     ++k;
     const double curvature = team.sum(n, [&](int64_t i) { return w.direction[i] * w.product[i]; });
     if (!(curvature > 0)) break;

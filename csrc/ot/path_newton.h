@@ -37,7 +37,9 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
       if (s.evaluations >= t.max_iter) return NewtonEnd::limit;
       const double lam = mu * (relative < 1 ? relative : 1) * (mean > 1 ? mean : 1);
       const double rtol = relative < 0.01 ? __builtin_sqrt(relative) : 0.1;
-      s.products += conjugate_gradients(team, t, s, e, v.degree, lam, v.rhs, rtol, 300, v.cg, v.step);
+      s.products += conjugate_gradients(
+          team, n, [&](const double* x, double* y) { laplacian_apply(team, t, s, e, v.degree, lam, x, y); }, v.degree,
+          lam, v.rhs, rtol, 300, v.cg, v.step);
       s.newton += 1;
       if (lone > 0)
         team.columns(n, 1 + int64_t(lone * double(t.cost.m) / double(n)), [&](int64_t i, const auto& lanes) {
@@ -92,7 +94,9 @@ GRADOPS_TEAM void predict(Team& team, const Transport& t, TransportState& s, dou
         lanes.wait();
       },
       [](int64_t, double sum) { return sum; }, v.rhs);
-  s.products += conjugate_gradients(team, t, s, e, v.degree, 1e-3, v.rhs, 1e-2, 300, v.cg, v.step);
+  s.products += conjugate_gradients(
+      team, n, [&](const double* x, double* y) { laplacian_apply(team, t, s, e, v.degree, 1e-3, x, y); }, v.degree,
+      1e-3, v.rhs, 1e-2, 300, v.cg, v.step);
   team.each(n, [&](int64_t i) {
     if (t.a[i] > 0) v.alpha[i] += (next - reg) * v.step[i];
   });
@@ -105,7 +109,7 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
   const int64_t n = t.cost.n, m = t.cost.m;
   const NewtonVectors v = newton_vectors(s);
   start_alpha(team, t, s, v.alpha);
-  constexpr double kRatio = 4, kInner = 0.02, kStart = 0.1, kNear = 0.3;
+  constexpr double kRatio = 4, kInner = 0.1, kStart = 0.01, kNear = 0.3;
   bool ready = false;  // s.now is the evaluation at v.alpha and reg
   if (t.alpha0) {      // worth more than a path only if it is near
     team.each(n, [&](int64_t i) { v.next[i] = t.a[i] > 0 ? t.alpha0[i] : kNever; });
