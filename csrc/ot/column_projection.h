@@ -9,8 +9,8 @@
 namespace gradops {
 
 struct ProjectedColumn {
-  int64_t kept;     // candidates that remain; their weights are positive
-  double tau;       // of mass 0: the largest x, the limit; without candidates -infinity
+  int64_t kept;     // candidates that remain; their weights are positive. Of mass 0: the largest alone, weight 0
+  double tau;       // of mass 0: the largest x, which is the limit; without candidates -infinity
   double smallest;  // the least x among the max_nz largest; -infinity where there were fewer candidates
   double value;     // <x, t> - reg / 2 |t|^2
 };
@@ -71,7 +71,13 @@ GRADOPS_OT ProjectedColumn project_column(double* x, int32_t* row, int64_t count
     smallest = x[0];
     for (int64_t i = 1; i < count; ++i) smallest = x[i] < smallest ? x[i] : smallest;
   }
-  if (!(mass > 0)) return {0, largest, smallest, 0.};
+  if (!(mass > 0)) {
+    int64_t i = 0;
+    while (x[i] < largest) ++i;
+    row[0] = row[i];
+    x[0] = 0;
+    return {1, largest, smallest, 0.};
+  }
   // tau from below: of a set that holds the support, (sum - reg mass) / size is at most tau (Michelot).
   const double scaled = reg * mass;
   double tau = -scaled;

@@ -1,6 +1,8 @@
 """Sparse optimal transport. `reference` holds the same functions in plain PyTorch."""
 from . import reference
+from .semidual import semidual
+from .sparse_plan import SparsePlan
 
 __all__ = [
-    "reference",
+    "SparsePlan", "reference", "semidual",
 ]  # fmt: skip

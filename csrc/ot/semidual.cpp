@@ -1,0 +1,104 @@
+#include "ot/semidual.h"
+
+#include <atomic>
+#include <string>
+
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/value_error.h"
+
+namespace gradops {
+namespace {
+
+constexpr int64_t kListBytes = 512 << 10;  // of a block of columns: they stay in the second-level cache
+
+// A block of columns is scanned by one thread; blocks do not depend on the number of threads.
+struct Blocks {
+  int64_t capacity, columns, count;
+  explicit Blocks(const SemidualTask& t) {
+    const int64_t wanted = t.max_nz < t.n ? 4 * t.max_nz + 16 : 1024;
+    capacity = t.n == 0 ? 1 : wanted < t.n ? wanted : t.n;
+    columns = kListBytes / (12 * capacity) / 64 * 64;
+    columns = columns < 64 ? 64 : columns > 512 ? 512 : columns;
+    if (t.m >= 128 && columns > t.m / 2) columns = (t.m / 2 + 63) / 64 * 64;  // so that two threads share the work
+    count = (t.m + columns - 1) / columns;
+  }
+  int64_t bytes(int64_t n) const { return 12 * (columns * capacity + n); }
+};
+
+[[noreturn]] void refuse(const char* name, const char* expected, double got, int64_t item, int64_t batch) {
+  refuse_value(std::string("semidual: ") + name, expected,
+               std::to_string(got) + (batch > 1 ? " in item " + std::to_string(item) : ""));
+}
+void check(const char* name, const double* x, int64_t batch, int64_t count, bool negative) {
+  for (int64_t k = 0; k < batch * count; ++k)
+    if (!(x[k] - x[k] == 0) || (!negative && x[k] < 0))
+      refuse(name, negative ? "be finite" : "be finite and not negative", x[k], k / count, batch);
+}
+
+}  // namespace
+
+int64_t cpu::semidual_workspace(const SemidualTask& t) { return 8 * 3 * t.batch * t.m + 4 * t.batch * t.m; }
+
+void cpu::semidual(const SemidualTask& t, void* workspace, void*) {
+  check("alpha", t.alpha, t.batch, t.n, true);
+  check("a", t.a, t.batch, t.n, false);
+  check("b", t.b, t.batch, t.m, false);
+  double *omega = static_cast<double*>(workspace), *low = omega + t.batch * t.m, *mass = low + t.batch * t.m;
+  int32_t* count = reinterpret_cast<int32_t*>(mass + t.batch * t.m);
+  const Blocks blocks(t);
+  std::atomic<int64_t> bad{t.batch};
+  parallel_for(0, t.batch * blocks.count, 1,
+               [&, kernel = GRADOPS_DISPATCH(semidual_columns)](int64_t from, int64_t to) {
+                 double* memory = reinterpret_cast<double*>(thread_scratch(blocks.bytes(t.n)));
+                 double* lists = memory + t.n;
+                 int32_t* rows = reinterpret_cast<int32_t*>(lists + blocks.columns * blocks.capacity);
+                 for (int64_t k = from; k < to; ++k) {
+                   const int64_t item = k / blocks.count, begin = k % blocks.count * blocks.columns;
+                   const int64_t end = begin + blocks.columns < t.m ? begin + blocks.columns : t.m, at = item * t.m;
+                   const int64_t shift = begin * blocks.capacity;
+                   const ColumnScan scan{t.cost(item), t.alpha + item * t.n, low + at,     rows + t.n - shift,
+                                         count + at,   blocks.capacity,      lists - shift};
+                   const SemidualColumns columns{scan,
+                                                 t.b + at,
+                                                 t.reg,
+                                                 t.max_nz,
+                                                 t.warm ? t.warm + at * t.warm_width : nullptr,
+                                                 t.warm_width,
+                                                 t.width,
+                                                 t.index + at * t.width,
+                                                 t.weight + at * t.width,
+                                                 t.tau + at,
+                                                 t.kept + at,
+                                                 omega + at,
+                                                 mass + at,
+                                                 memory,
+                                                 rows};
+                   if (kernel(columns, begin, end) < 0) continue;
+                   int64_t first = bad.load();
+                   while (item < first && !bad.compare_exchange_weak(first, item)) {
+                   }
+                 }
+               });
+  if (bad < t.batch)
+    refuse_value(t.matrix ? "semidual: M" : "semidual: x and y",
+                 "hold finite costs, or +inf where nothing may be moved",
+                 "NaN or -inf" + (t.batch > 1 ? " in item " + std::to_string(bad.load()) : ""));
+  parallel_for(0, t.batch, 1, [&](int64_t from, int64_t to) {
+    for (int64_t item = from; item < to; ++item) {  // in one order, whatever the number of threads
+      const double *alpha = t.alpha + item * t.n, *a = t.a + item * t.n;
+      double* grad = t.grad + item * t.n;
+      double value = 0;
+      for (int64_t i = 0; i < t.n; ++i) value += alpha[i] * a[i], grad[i] = 0;
+      for (int64_t j = item * t.m; j < (item + 1) * t.m; ++j) {
+        value -= omega[j];
+        const int64_t kept = t.kept[j] < t.width ? t.kept[j] : t.width;
+        for (int64_t r = j * t.width; r < j * t.width + kept; ++r) grad[t.index[r]] += t.weight[r];
+      }
+      for (int64_t i = 0; i < t.n; ++i) grad[i] = a[i] - grad[i];
+      t.value[item] = value;
+    }
+  });
+}
+
+}  // namespace gradops

@@ -1,0 +1,63 @@
+// semidual: the semi-dual objective of optimal transport with a quadratic regulariser and at most max_nz entries per
+// column,  D(alpha) = <alpha, a> - sum_j omega_j(alpha - c_j),  its gradient a - T 1, and the plan T. Torch-free
+// interface.
+#pragma once
+#include <cstdint>
+
+#include "common/isa.h"
+#include "ot/column_scan.h"
+
+namespace gradops {
+
+struct SemidualTask {  // a batch of problems; every array has the batch in front
+  const void *matrix, *x, *y;
+  Element element;
+  int64_t batch, n, m, d;
+  const double *alpha, *a, *b;  // n, n, m
+  double reg;
+  int64_t max_nz;       // n for no bound
+  const int64_t* warm;  // (m, warm_width) or null: rows of each column's support at an alpha nearby, ascending
+  int64_t warm_width;
+  double *value, *grad;  // 1, n
+  int64_t width;         // of the plan: entries of a column that are stored
+  int64_t* index;        // (m, width), ascending; 0 where unused
+  double* weight;        // (m, width); 0 where unused
+  double* tau;           // m
+  int64_t* kept;         // m: entries of the column, stored or not; its one entry has weight 0 where b is 0
+
+  Cost cost(int64_t item) const {
+    const int64_t size = element_size(element);
+    const auto at = [=](const void* p, int64_t k) {
+      return p ? static_cast<const char*>(p) + item * k * size : nullptr;
+    };
+    return {at(matrix, n * m), at(x, n * d), at(y, m * d), element, n, m, d};
+  }
+};
+
+struct SemidualColumns {  // of one item
+  ColumnScan scan;        // its lists belong to the columns of one call
+  const double* b;
+  double reg;
+  int64_t max_nz;
+  const int64_t* warm;
+  int64_t warm_width, width;
+  int64_t* index;
+  double *weight, *tau;
+  int64_t* kept;
+  double* omega;        // m
+  double* scaled_mass;  // m
+  double* value;        // n numbers and n rows, for columns that need a second look
+  int32_t* row;
+};
+// The first column with a NaN or an infinite gain, or -1.
+GRADOPS_DECLARE(int64_t, semidual_columns, const SemidualColumns&, int64_t begin, int64_t end)
+
+namespace cpu {
+void semidual(const SemidualTask&, void* workspace, void* = nullptr);
+int64_t semidual_workspace(const SemidualTask&);  // bytes
+}  // namespace cpu
+namespace cuda {
+void semidual(const SemidualTask&, void* workspace, void* stream);
+int64_t semidual_workspace(const SemidualTask&);
+}  // namespace cuda
+}  // namespace gradops

@@ -1,0 +1,27 @@
+import torch
+
+from gradops import ot
+
+from . import Call
+
+
+def weights(count):
+    return torch.arange(1, count + 1, dtype=torch.float64) / 10
+
+
+def semidual(x):
+    n, m = x.shape[-2:]
+    value, grad, plan, tau = ot.semidual(x[..., 0], x, weights(n), weights(m), 0.7, 3)
+    return value + (grad * weights(n)).sum(-1) + (tau * plan.values[..., 0]).sum(-1)
+
+
+def semidual_raw(x):
+    n, m = x.shape[-2:]
+    batch = x.shape[:-2]
+    return (x[..., 0].double(), x, None, None, weights(n).expand(*batch, n), weights(m).expand(*batch, m), 0.7, 3, 3,
+            None)
+
+
+CALLS = {
+    "semidual": Call(semidual_raw, semidual),
+}
