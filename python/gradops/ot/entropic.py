@@ -236,7 +236,9 @@ def _tangent(costs, y, alpha, beta, reg, t_costs, t_y, t_a, t_b) -> Tensor:
 def _point_gradients(plan: DensePlan) -> tuple[Tensor, Tensor]:
     """Of <T, C> in x and y, at fixed T: 2 sum_j t_ij (x_i - y_j), about the points' means, where nothing cancels."""
     assert plan.y is not None
-    x, y = plan.costs.double(), plan.y.double()
+    # A row without mass may hold anything.
+    x = plan.costs.double().masked_fill((plan.alpha == -torch.inf).unsqueeze(-1), 0.0)
+    y = plan.y.double().masked_fill((plan.beta == -torch.inf).unsqueeze(-1), 0.0)
     centre = y.mean(-2, keepdim=True)
     x, y = x - centre, y - centre
     right = torch.cat([y, torch.ones_like(y[..., :1])], -1)

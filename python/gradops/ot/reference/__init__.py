@@ -1,7 +1,8 @@
 """Plain PyTorch twins of this family's functions: slow, any dtype, the yardstick of every test."""
+from .entropic import entropic
 from .projection import sparse_simplex_projection
 from .semidual import semidual
 
 __all__ = [
-    "semidual", "sparse_simplex_projection",
+    "entropic", "semidual", "sparse_simplex_projection",
 ]  # fmt: skip
