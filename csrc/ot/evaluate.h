@@ -1,0 +1,156 @@
+// evaluate.h: D, its supergradient and the plan at one alpha, from the columns' lists of candidates.
+// Written for any Team (ot/team.h); local to the includer.
+#pragma once
+#include "ot/candidates.h"
+#include "ot/column_projection.h"
+
+namespace gradops {
+namespace {
+
+struct Entry {
+  int32_t row;
+  double x;
+};
+
+// tau with sum_k (x(k) - tau)_+ = scaled, by Newton on a convex piecewise linear function: after one step it only
+// rises, and it ends on the exact set. number: how many are above.
+template <class Lanes, class X>
+GRADOPS_TEAM double threshold(const Lanes& lanes, int64_t count, const X& x, double scaled, double guess,
+                              int64_t& number) {
+  double tau = guess, excess = lanes.above(count, x, tau, number);
+  if (number == 0 || !(excess < kInfinity)) {  // a bad guess, or none: one entry alone would take all the mass
+    tau = lanes.largest(count, x) - scaled;
+    excess = lanes.above(count, x, tau, number);
+  }
+  for (int64_t turn = 0; turn <= count && number > 0; ++turn) {
+    const double next = tau + (excess - scaled) / double(number);
+    if (turn > 0 && next <= tau) break;  // rounding
+    int64_t above;
+    excess = lanes.above(count, x, next, above);
+    tau = next;
+    if (above == number) break;
+    number = above;
+  }
+  return tau;
+}
+
+// Threshold and size of column j's support, and whether its list still holds all that matters.
+template <class Lanes>
+GRADOPS_TEAM void project(const Lanes& lanes, const Transport& t, const TransportState& s, const double* alpha,
+                          double reg, const Evaluation& e, int64_t j) {
+  const Candidates& c = s.lists;
+  const int64_t at = j * t.capacity, count = c.count[j];
+  if (!(t.b[j] > 0)) {
+    lanes.once([&] { e.tau[j] = 0, e.count[j] = 0, c.mark[j] = kListGood; });
+    return;
+  }
+  const auto x = [=](int64_t k) { return alpha[c.index[at + k]] - c.cost[at + k]; };
+  const double bound = c.low[j] + c.rise[c.epoch[j] % kEpochs];  // of what is in no list
+  if (t.max_nz > 0) {
+    double *weight = e.weight + at, *smallest = s.columns[0] + j;
+    int32_t* row = e.support + at;
+    lanes.each(count, [&](int64_t k) { weight[k] = x(k), row[k] = c.index[at + k]; });
+    lanes.wait();
+    lanes.once([&] {
+      const ProjectedColumn p = project_column(weight, row, count, t.max_nz, reg, t.b[j]);
+      e.count[j] = int32_t(p.kept), e.tau[j] = p.tau, *smallest = p.smallest;
+      c.guess[j] = p.tau > p.smallest ? p.tau : p.smallest;
+      c.mark[j] = bound > p.tau && bound >= p.smallest ? kListStale : list_length(count, p.kept);
+    });
+    return;
+  }
+  int64_t number;
+  const double tau = threshold(lanes, count, x, reg * t.b[j], c.guess[j], number);
+  lanes.once([&] {
+    e.tau[j] = c.guess[j] = tau, e.count[j] = int32_t(number);
+    c.mark[j] = bound > tau ? kListStale : list_length(count, number);
+  });
+}
+
+// The entries of column j; they sum to b_j.
+template <class Lanes>
+GRADOPS_TEAM void fill(const Lanes& lanes, const Transport& t, const TransportState& s, const double* alpha, double reg,
+                       const Evaluation& e, int64_t j) {
+  const Candidates& c = s.lists;
+  const int64_t at = j * t.capacity, count = c.count[j];
+  double* weight = e.weight + at;
+  int32_t* row = e.support + at;
+  if (!(t.b[j] > 0)) return;
+  int64_t kept = e.count[j];
+  if (t.max_nz == 0) {
+    const double tau = e.tau[j];
+    const auto load = [=](int64_t k) { return Entry{c.index[at + k], alpha[c.index[at + k]] - c.cost[at + k] - tau}; };
+    kept = lanes.keep(
+        count, load, [](Entry v) { return v.x > 0; },
+        [=](Entry v, int64_t place) { row[place] = v.row, weight[place] = v.x / reg; });
+    if (kept == 0 && count > 0) {  // reg * b_j is lost beside the costs: the largest takes it all
+      const double top = lanes.largest(count, [&](int64_t k) { return load(k).x; });
+      kept = lanes.keep(
+          count, load, [=](Entry v) { return v.x == top; },
+          [=](Entry v, int64_t place) { row[place] = v.row, weight[place] = 1; });
+    }
+    lanes.wait();
+  }
+  const double scale = t.b[j] / lanes.sum(kept, [&](int64_t k) { return weight[k]; });
+  lanes.each(kept, [&](int64_t k) { weight[k] *= scale; });
+  const double squares = lanes.sum(kept, [&](int64_t k) { return weight[k] * weight[k]; });
+  lanes.once([&] { e.count[j] = int32_t(kept), s.columns[1][j] = e.tau[j] * t.b[j] + .5 * reg * squares; });
+}
+
+// out_i = start(i) - sum over the entries (i, j) of term(j, place); columns in fixed pieces, rows of a column differ.
+template <class Team, class Visit, class Start>
+GRADOPS_TEAM void scatter(Team& team, const Transport& t, const TransportState& s, const Visit& visit,
+                          const Start& start, double* out) {
+  const int64_t n = t.cost.n, m = t.cost.m, pieces = s.pieces;
+  team.columns(pieces, pieces > 1 ? 8 * m / pieces : m, [&](int64_t p, const auto& lanes) {
+    double* sum = s.scatter + p * n;
+    lanes.each(n, [&](int64_t i) { sum[i] = 0; });
+    lanes.wait();
+    for (int64_t j = p * m / pieces; j < (p + 1) * m / pieces; ++j) visit(j, lanes, sum);
+  });
+  team.each(n, [&](int64_t i) {
+    double sum = s.scatter[i];
+    for (int64_t p = 1; p < pieces; ++p) sum += s.scatter[p * n + i];
+    out[i] = start(i, sum);
+  });
+}
+
+// False: a column has more candidates than there is room for.
+template <class Team>
+GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, const double* alpha, double reg,
+                           Evaluation& e) {
+  const Candidates& c = s.lists;
+  const int64_t n = t.cost.n, m = t.cost.m;
+  s.evaluations += 1;
+  measure_rise(team, t, s, alpha);
+  const int64_t work = s.list_work;
+  team.columns(m, work, [&](int64_t j, const auto& lanes) { project(lanes, t, s, alpha, reg, e, j); });
+  const double stale = team.sum(m, [&](int64_t j) { return c.mark[j] == kListStale ? 1. : 0.; });
+  const double longs = team.sum(m, [&](int64_t j) { return c.mark[j] == kListLong ? 1. : 0.; });
+  if (stale > 0 || longs * 8 > double(m)) {
+    if (!refresh(team, t, s, alpha, reg)) return false;
+    if (stale > 0)
+      team.columns(m, work, [&](int64_t j, const auto& lanes) {
+        if (c.mark[j] == kListStale) project(lanes, t, s, alpha, reg, e, j);
+      });
+  }
+  scatter(
+      team, t, s,
+      [&](int64_t j, const auto& lanes, double* sum) {
+        fill(lanes, t, s, alpha, reg, e, j);
+        lanes.wait();
+        const double* weight = e.weight + j * t.capacity;
+        const int32_t* row = e.support + j * t.capacity;
+        lanes.each(e.count[j], [&](int64_t k) { sum[row[k]] += weight[k]; });
+        lanes.wait();
+      },
+      [&](int64_t i, double sum) { return t.a[i] - sum; }, e.grad);
+  const double linear = team.sum(n, [&](int64_t i) { return t.a[i] > 0 ? alpha[i] * t.a[i] : 0.; });
+  e.value = linear - team.sum(m, [&](int64_t j) { return t.b[j] > 0 ? s.columns[1][j] : 0.; });
+  e.residual = team.sum(n, [&](int64_t i) { return __builtin_fabs(e.grad[i]); });
+  s.list_work = 1 + int64_t(team.sum(m, [&](int64_t j) { return double(c.count[j]); }) / double(m));
+  return true;
+}
+
+}  // namespace
+}  // namespace gradops

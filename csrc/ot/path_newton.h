@@ -1,0 +1,158 @@
+// path_newton.h: quadratically regularised transport by continuation in reg and damped semismooth Newton in the
+// semi-dual, with conjugate gradients. For any Team; local to the includer.
+#pragma once
+#include "ot/frame.h"
+#include "ot/laplacian.h"
+
+namespace gradops {
+namespace {
+
+// Names for the state's vectors of n.
+struct NewtonVectors {
+  double *alpha, *next, *step, *degree, *rhs;
+  CgVectors cg;
+};
+GRADOPS_TEAM NewtonVectors newton_vectors(const TransportState& s) {
+  return {s.rows[0], s.rows[1], s.rows[2], s.rows[3], s.rows[4], {s.rows[5], s.rows[6], s.rows[7], s.rows[8]}};
+}
+
+enum class NewtonEnd { reached, limit, stalled, overflow };
+
+// Raises D at this reg from v.alpha, whose evaluation is s.now, until |grad|_1 <= goal. mu: Levenberg and Marquardt's
+// damping relative to the residual.
+template <class Team>
+GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s, double reg, double goal, double& mu) {
+  const int64_t n = t.cost.n;
+  const NewtonVectors v = newton_vectors(s);
+  while (s.now.residual > goal) {
+    const Evaluation& e = s.now;
+    laplacian_degree(team, t, s, e, v.degree);
+    const double relative = e.residual / s.mass, mean = team.sum(n, [&](int64_t i) { return v.degree[i]; }) / double(n);
+    // A row in no support has no curvature: it takes its exact step alone, and must not stop conjugate gradients.
+    team.each(n, [&](int64_t i) { v.rhs[i] = v.degree[i] > 0 ? reg * e.grad[i] : 0.; });
+    const double lone = team.sum(n, [&](int64_t i) { return v.degree[i] == 0 && t.a[i] > 0 ? 1. : 0.; });
+    double gain = 0, change = 0;
+    bool ascends = false;
+    while (!ascends) {
+      if (s.evaluations >= t.max_iter) return NewtonEnd::limit;
+      const double lam = mu * (relative < 1 ? relative : 1) * (mean > 1 ? mean : 1);
+      const double rtol = relative < 0.01 ? __builtin_sqrt(relative) : 0.1;
+      s.products += conjugate_gradients(team, t, s, e, v.degree, lam, v.rhs, rtol, 300, v.cg, v.step);
+      s.newton += 1;
+      if (lone > 0)
+        team.columns(n, 1 + int64_t(lone * double(t.cost.m) / double(n)), [&](int64_t i, const auto& lanes) {
+          if (v.degree[i] > 0 || !(t.a[i] > 0)) return;
+          const double alpha = row_update(lanes, t, s, e, reg, i);
+          lanes.once([&] { v.step[i] = alpha - v.alpha[i]; });
+        });
+      team.each(n, [&](int64_t i) { v.next[i] = t.a[i] > 0 ? v.alpha[i] + v.step[i] : kNever; });
+      if (!evaluate(team, t, s, v.next, reg, s.trial)) return NewtonEnd::overflow;
+      gain = team.sum(n, [&](int64_t i) { return e.grad[i] * v.step[i]; });
+      change = team.sum(n, [&](int64_t i) { return s.trial.grad[i] * v.step[i]; });
+      // D is concave: D(next) - D >= change, which rounding of D cannot hide.
+      const double rise = s.trial.value - e.value, size = __builtin_fabs(e.value);
+      ascends = change >= 0 || rise >= 1e-4 * gain + 1e-15 * size ||
+                (__builtin_fabs(change) <= .5 * gain && __builtin_fabs(rise) <= 1e-14 * size);
+      if (ascends) break;
+      if (mu > 1e12) return NewtonEnd::stalled;
+      mu *= 4;
+    }
+    // How much of what the model promised was gained, by the trapezoid of the slopes, without the lone rows.
+    laplacian_apply(team, t, s, e, v.degree, 0., v.step, v.cg.product);
+    const auto counted = [&](int64_t i) { return v.degree[i] > 0 ? v.step[i] : 0.; };
+    const double slopes = team.sum(n, [&](int64_t i) { return (e.grad[i] + s.trial.grad[i]) * counted(i); });
+    const double promised =
+        team.sum(n, [&](int64_t i) { return (e.grad[i] - .5 * v.cg.product[i] / reg) * counted(i); });
+    const double ratio = .5 * slopes / (promised + 1e-300);
+    if (ratio > .5)
+      mu = mu / 4 > 1e-10 ? mu / 4 : 1e-10;
+    else if (ratio < .1)
+      mu *= 2;
+    team.each(n, [&](int64_t i) { v.alpha[i] = v.next[i]; });
+    const Evaluation accepted = s.trial;
+    s.trial = s.now;
+    s.now = accepted;
+  }
+  return NewtonEnd::reached;
+}
+
+// alpha is piecewise linear in reg: along the tangent to the next one.
+template <class Team>
+GRADOPS_TEAM void predict(Team& team, const Transport& t, TransportState& s, double reg, double next) {
+  const int64_t n = t.cost.n;
+  const NewtonVectors v = newton_vectors(s);
+  const Evaluation& e = s.now;
+  laplacian_degree(team, t, s, e, v.degree);
+  scatter(
+      team, t, s,
+      [&](int64_t j, const auto& lanes, double* sum) {
+        const double *weight = e.weight + j * t.capacity, even = t.b[j] / double(e.count[j]);
+        const int32_t* row = e.support + j * t.capacity;
+        lanes.each(e.count[j], [&](int64_t k) { sum[row[k]] += weight[k] - even; });
+        lanes.wait();
+      },
+      [](int64_t, double sum) { return sum; }, v.rhs);
+  s.products += conjugate_gradients(team, t, s, e, v.degree, 1e-3, v.rhs, 1e-2, 300, v.cg, v.step);
+  team.each(n, [&](int64_t i) {
+    if (t.a[i] > 0) v.alpha[i] += (next - reg) * v.step[i];
+  });
+}
+
+template <class Team>
+GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
+  const TransportStatus good = begin(team, t, s);
+  if (good != TransportStatus::converged) return give_up(team, t, s, good);
+  const int64_t n = t.cost.n, m = t.cost.m;
+  const NewtonVectors v = newton_vectors(s);
+  start_alpha(team, t, s, v.alpha);
+  constexpr double kRatio = 4, kInner = 0.02, kStart = 0.1, kNear = 0.3;
+  bool ready = false;  // s.now is the evaluation at v.alpha and reg
+  if (t.alpha0) {      // worth more than a path only if it is near
+    team.each(n, [&](int64_t i) { v.next[i] = t.a[i] > 0 ? t.alpha0[i] : kNever; });
+    ready = evaluate(team, t, s, v.next, t.reg, s.now) && s.now.residual <= kNear * s.mass;
+    if (ready)
+      team.each(n, [&](int64_t i) { v.alpha[i] = v.next[i]; });
+    else
+      forget_lists(team, t, s);
+  }
+  const double far = kStart * double(n) * double(m) * s.spread / s.mass;  // here supports are nearly full
+  int64_t stages = 0;
+  double reg = t.reg;
+  for (; !ready && reg < far; reg *= kRatio) ++stages;
+  double mu = 0.1, tol = t.tol;
+  NewtonEnd end = NewtonEnd::reached;
+  for (bool cold = true;; --stages, reg /= kRatio) {
+    if (!ready && !evaluate(team, t, s, v.alpha, reg, s.now)) {
+      if (!cold || stages == 0) return give_up(team, t, s, TransportStatus::overflow);
+      forget_lists(team, t, s);  // too little room for the supports of so large a reg: begin with a smaller one
+      continue;
+    }
+    ready = cold = false;
+    if (unreachable(team, t, s.now)) return give_up(team, t, s, TransportStatus::infeasible);
+    mu = 0.1;
+    end = ascend(team, t, s, reg, s.mass * (stages > 0 ? kInner : tol), mu);
+    if (end == NewtonEnd::overflow) return give_up(team, t, s, TransportStatus::overflow);
+    if (end != NewtonEnd::reached || stages == 0) break;
+    predict(team, t, s, reg, reg / kRatio);
+  }
+  if (stages > 0) {  // stopped on the way: what there is counts at the reg that was asked for
+    reg = t.reg;
+    if (!evaluate(team, t, s, v.alpha, reg, s.now)) return give_up(team, t, s, TransportStatus::overflow);
+  }
+  Certificate found = certify(team, t, s, v.alpha, s.now);
+  // The marginals may hold before the value does; Newton is fast here.
+  while (end == NewtonEnd::reached && found.gap > t.gap_tol && tol > 1e-14) {
+    tol /= 4, mu = 1e-3;
+    end = ascend(team, t, s, reg, s.mass * tol, mu);
+    if (end == NewtonEnd::overflow) return give_up(team, t, s, TransportStatus::overflow);
+    found = certify(team, t, s, v.alpha, s.now);
+  }
+  const bool met = s.now.residual <= s.mass * t.tol && found.gap <= t.gap_tol;
+  finish(team, t, s, v.alpha, s.now, found,
+         met                       ? TransportStatus::converged
+         : end == NewtonEnd::limit ? TransportStatus::iteration_limit
+                                   : TransportStatus::stalled);
+}
+
+}  // namespace
+}  // namespace gradops

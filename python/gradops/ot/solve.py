@@ -1,0 +1,179 @@
+"""Sparse optimal transport, solved and certified."""
+import torch
+from torch import Tensor
+
+from .._checks import check_device, check_integers, check_one_of, may_look
+from .._op import refuse_derivative, register
+from ._problem import Costs, check_costs, check_max_nz, check_reg, check_weights
+from .result import STATUS, OTResult, Potentials
+from .sparse_plan import SparsePlan
+
+GAP_TO_TOL = 1e-3  # the value converges faster than the marginals
+_REPORT = 11  # numbers of a TransportReport
+
+
+def _fake(M, x, y, a, b, alpha0, n_len, m_len, reg, max_nz, tol, gap_tol, max_iter, width):
+    index = b.new_empty(*b.shape, width, dtype=torch.int64)
+    return (torch.empty_like(a, memory_format=torch.contiguous_format),
+            torch.empty_like(b, memory_format=torch.contiguous_format), index,
+            index.new_empty(index.shape, dtype=torch.float64), a.new_empty(*a.shape[:-1], _REPORT))
+
+
+raw_solve = register("solve", fake=_fake)
+
+
+@torch.compiler.allow_in_graph
+def solve(
+    M: Tensor | None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    reg: float = 1.0,
+    max_nz: int | None = None,
+    x: Tensor | None = None,
+    y: Tensor | None = None,
+    alpha0: Tensor | None = None,
+    tol: float = 1e-6,
+    max_iter: int = 1000,
+    method: str = "auto",
+    n_len: Tensor | None = None,
+    m_len: Tensor | None = None,
+    plan_kind: str = "sparse",
+) -> OTResult:
+    r"""Solves quadratically regularised optimal transport, and proves how well.
+
+    .. math:: \min_T\; \langle T, M\rangle + \tfrac{\gamma}{2}\|T\|^2 \quad\text{subject to}\quad
+        T \ge 0,\; T\mathbf{1} = a,\; T^\top\mathbf{1} = b
+
+    with :math:`\gamma` = ``reg``, and with ``max_nz`` at most that many entries in every column of T. Plans are sparse:
+    the smaller ``reg``, the sparser.
+
+    Without ``max_nz`` the semi-dual is maximised by damped semismooth Newton steps, whose linear systems are Laplacians of
+    the plan's sparse graph, along a path of falling ``reg``. It says ``"converged"`` only if the marginals hold to
+    ``tol`` and a plan rounded onto both marginals proves the value to ``tol / 1000``.
+
+    Costs may have any scale and any offset: every test is free of both. All arithmetic that decides is float64, whatever
+    the costs' dtype; costs themselves are taken as they are, exactly.
+
+    Args:
+        M: ``(..., n, m)``, costs; float64, float32, bfloat16 or float16. ``+inf`` where nothing may be moved. None: the
+            costs are the squared distances of ``x`` and ``y``, never stored.
+        a, b: ``(..., n)`` and ``(..., m)``, weights of rows and columns, not negative. Sums must agree to 1e-5; ``b`` is
+            scaled to the sum of ``a``. Rows and columns without weight leave the problem. Default: uniform, with the
+            sum of the other, or 1.
+        reg: weight of the quadratic term, positive.
+        max_nz: the most entries of a column; None or any number from n on: no bound.
+        x, y: points ``(..., n, d)`` and ``(..., m, d)`` of one dtype, instead of ``M``.
+        alpha0: ``(..., n)``, potentials of the rows to start from, as of a problem nearby. Used where they violate
+            marginals by less than 30 %.
+        tol: the error of the row marginals that counts as none, relative to the mass.
+        max_iter: the most evaluations of the dual, per problem.
+        method: ``"auto"``.
+        n_len, m_len: ``(...)``, integers: problem i is only the first ``n_len[i]`` rows and ``m_len[i]`` columns of its
+            costs; what is outside is not read, and is 0 in the results.
+        plan_kind: ``"sparse"``.
+
+    Returns:
+        An `OTResult` with plan, value, dual value, gap, error of the marginals, potentials and status per problem.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes do not fit; ``reg``, ``tol``, ``max_nz`` or ``max_iter`` is out of range; on CPU also: a weight
+            is negative or not finite, sums of weights differ, costs hold NaN or ``-inf``, a length is out of range. On
+            CUDA those problems are ``"invalid"`` and NaN instead.
+
+    A masked problem (``+inf`` costs) is found infeasible if a row or a column with mass has no finite cost. Other kinds of
+    infeasibility are not detected as such: they end as ``"stalled"`` or ``"iteration_limit"``.
+
+    Semi-dual and path: Blondel, Seguy and Rolet (2018); Newton: Lorenz, Manns and Meyer (2021), here with Levenberg's and
+    Marquardt's damping; rounding: Altschuler, Weed and Rigollet (2017, Algorithm 2). POT: ``ot.smooth``. Near the
+    solution an iteration takes time in the order of the plan's entries; the costs are read again only for columns whose
+    candidates may have changed.
+
+    Example:
+        >>> import torch
+        >>> from gradops.ot import solve
+        >>> M = torch.tensor([[0.0, 1.0, 4.0], [1.0, 0.0, 1.0], [4.0, 1.0, 0.0]])
+        >>> result = solve(M, reg=1.0)
+        >>> result.plan.to_dense().round(decimals=4)
+        tensor([[0.3333, 0.0000, 0.0000],
+                [0.0000, 0.3333, 0.0000],
+                [0.0000, 0.0000, 0.3333]], dtype=torch.float64)
+        >>> result.status, round(float(result.value), 4)
+        ('converged', 0.1667)
+    """
+    refuse_derivative("solve", M=M, a=a, b=b, x=x, y=y, alpha0=alpha0)
+    costs, a, b, lengths = _problem(M, a, b, x, y, n_len, m_len)
+    n, m = costs.size
+    check_reg(reg)
+    check_max_nz(max_nz)
+    check_one_of(method, "method", ("auto",))
+    check_one_of(plan_kind, "plan_kind", ("sparse",))
+    if not 0 < tol < 1:
+        raise ValueError(f"tol must be between 0 and 1, got {tol}")
+    if max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+    if alpha0 is not None:
+        check_weights(alpha0, "alpha0", n, costs)
+        alpha0 = alpha0.to(torch.float64).expand(a.shape)
+    most = 0 if max_nz is None or max_nz >= n else max_nz
+    known = all(may_look(t) for t in (a, b, *costs.tensors))
+    slots = max(most or (min(n, 64) if known else n), 1)
+
+    def run(width: int, start: Tensor | None) -> tuple[Tensor, ...]:
+        return raw_solve(*costs, a, b, start, *lengths, float(reg), most, float(tol), tol * GAP_TO_TOL, max_iter, width)
+
+    alpha, beta, index, weight, report = run(slots, alpha0)
+    if known and report.numel() and not most:
+        widest = max(int(report[..., 10].nan_to_num().max()), 1)
+        if widest > slots:  # from its solution it takes an evaluation or two
+            evaluations = report[..., 5]
+            alpha, beta, index, weight, report = run(widest, alpha)
+            report[..., 5] += evaluations
+        else:
+            index, weight = index[..., :widest], weight[..., :widest]
+    value, dual_value, gap, marginal_err, ties, n_iter, status = report[..., :7].unbind(-1)
+    return OTResult(SparsePlan(index, weight, (*a.shape[:-1], n, m)), value, dual_value, gap, marginal_err, ties,
+                    Potentials(alpha, beta), n_iter.to(torch.int64), status.to(torch.int64))
+
+
+def _problem(M: Tensor | None, a: Tensor | None, b: Tensor | None, x: Tensor | None, y: Tensor | None,
+             n_len: Tensor | None, m_len: Tensor | None
+             ) -> tuple[Costs, Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Costs, weights in float64 and lengths in int64, all of one batch."""
+    costs = check_costs(M, x, y, "sqeuclidean")
+    n, m = costs.size
+    like = costs.tensors[0]
+    shapes = [costs.batch]
+    for t, name, size in ((a, "a", n), (b, "b", m)):
+        if t is not None:
+            check_weights(t, name, size, costs)
+            shapes.append(t.shape[:-1])
+    for t, name in ((n_len, "n_len"), (m_len, "m_len")):
+        if t is not None:
+            check_integers(t, name)
+            check_device(t, name, like, "the costs")
+            shapes.append(t.shape)
+    batch = torch.broadcast_shapes(*shapes)
+    lengths = tuple(None if t is None else t.to(torch.int64).expand(batch) for t in (n_len, m_len))
+    if a is None:
+        a = _uniform(like, n, lengths[0], 1.0)
+        if b is not None:
+            a = a * _inside(b.to(torch.float64), m, lengths[1]).sum(-1, keepdim=True)
+    if b is None:
+        b = _uniform(like, m, lengths[1], _inside(a.to(torch.float64), n, lengths[0]).sum(-1, keepdim=True))
+    a, b = (t.to(torch.float64).expand(*batch, t.shape[-1]) for t in (a, b))
+    return costs.expand(batch), a, b, lengths
+
+
+def _inside(weights: Tensor, size: int, length: Tensor | None) -> Tensor:
+    """Weights, 0 from `length` on."""
+    if length is None:
+        return weights
+    return torch.where(torch.arange(size, device=weights.device) < length[..., None], weights, 0.0)
+
+
+def _uniform(like: Tensor, size: int, length: Tensor | None, total: Tensor | float) -> Tensor:
+    ones = torch.ones(size, dtype=torch.float64, device=like.device)
+    count = size if length is None else length[..., None].to(torch.float64)
+    return _inside(ones, size, length) * (total / count)
