@@ -13,7 +13,8 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kLn2 = 0.69314718055994530942;
-constexpr int64_t kStrip = 256;  // columns of one call of entropic_columns
+constexpr double kSameSum = 1e-5;  // relative: weights rounded to float do not sum alike
+constexpr int64_t kStrip = 256;    // columns of one call of entropic_columns
 // Below this error float sums no longer tell how far the plan is from its marginals.
 constexpr double kFloatError = 1e-6;
 constexpr int kPatience = 8;  // iterations without a smaller error, until float gives way to double
@@ -26,11 +27,11 @@ int64_t chunk_rows(const EntropicTask& t) {
 int64_t chunks_of(const EntropicTask& t) { return (t.n + chunk_rows(t) - 1) / chunk_rows(t); }
 
 struct Memory {  // of one problem
-  double *sums, *scaled, *partial, *partial_scaled, *top, *y, *h, *rows, *x, *points;
+  double *sums, *scaled, *partial, *partial_scaled, *top, *y, *h, *b, *rows, *x, *points;
   float *g_high, *g_low;
   Memory(const EntropicTask& t, double* p) {
     const int64_t m = t.m, chunks = chunks_of(t);
-    for (double** vector : {&sums, &scaled, &top, &y, &h}) *vector = p, p += m;
+    for (double** vector : {&sums, &scaled, &top, &y, &h, &b}) *vector = p, p += m;
     for (double** vector : {&rows, &x}) *vector = p, p += t.n;
     partial = p, p += chunks * m;
     partial_scaled = p, p += chunks * m;
@@ -38,7 +39,7 @@ struct Memory {  // of one problem
     g_high = reinterpret_cast<float*>(p), g_low = g_high + m;
   }
   static int64_t doubles(const EntropicTask& t) {
-    return (6 + 2 * chunks_of(t)) * t.m + 2 * t.n + (t.matrix ? 0 : t.d * t.m);
+    return (7 + 2 * chunks_of(t)) * t.m + 2 * t.n + (t.matrix ? 0 : t.d * t.m);
   }
 };
 
@@ -75,9 +76,11 @@ class Solver {
     for (int64_t j = item_.columns; j < task_.m; ++j) item_.g[j] = -kInfinity;
     mass_ = 0;
     double other = 0;
-    for (int64_t i = 0; i < item_.rows; ++i) mass_ += item_.a[i];
-    for (int64_t j = 0; j < item_.columns; ++j) other += item_.b[j];
-    if (!(std::isfinite(mass_) && std::fabs(mass_ - other) <= 1e-9 * mass_)) return fail(EntropicStatus::invalid);
+    for (int64_t i = 0; i < item_.rows; ++i) mass_ += weight(item_.a[i]);
+    for (int64_t j = 0; j < item_.columns; ++j) other += weight(item_.b[j]);
+    if (!(std::isfinite(mass_) && std::fabs(mass_ - other) <= kSameSum * mass_)) return fail(EntropicStatus::invalid);
+    for (int64_t j = 0; j < item_.columns; ++j) memory_.b[j] = other > 0 ? item_.b[j] * (mass_ / other) : 0;
+    item_.b = memory_.b;
     if (mass_ == 0) {
       for (int64_t i = 0; i < item_.rows; ++i) item_.f[i] = -kInfinity;
       for (int64_t j = 0; j < item_.columns; ++j) item_.g[j] = -kInfinity;
@@ -90,6 +93,7 @@ class Solver {
   }
 
  private:
+  static double weight(double w) { return w >= 0 ? w : kNan; }
   static int64_t within(int64_t length, int64_t size) { return length < 0 ? 0 : length < size ? length : size; }
 
   template <class F>
@@ -186,12 +190,18 @@ class Solver {
     return task_.max_iter;
   }
 
+  void center() const {  // what is added to all f and taken from all g changes nothing
+    double sum = 0, count = 0;
+    for (int64_t i = 0; i < item_.rows; ++i)
+      if (item_.a[i] != 0) sum += item_.f[i], ++count;
+    for (int64_t i = 0; i < item_.rows; ++i) item_.f[i] -= sum / count;
+    for (int64_t j = 0; j < item_.columns; ++j) item_.g[j] += sum / count;
+  }
+
   void certify(int64_t iterations) {
     const Memory& w = memory_;
     use(true);
-    if (iterations == 0)  // there are no row potentials yet: those of an empty plan
-      for (int64_t i = 0; i < item_.rows; ++i)
-        if (std::isnan(item_.f[i])) item_.f[i] = 0;
+    center();
     each_chunk([&](int64_t c, int64_t begin, int64_t end, void* scratch) {
       run_.measure(item_, begin, end, scratch, w.rows, w.x, w.partial + c * task_.m, w.partial_scaled + c * task_.m);
     });
@@ -229,9 +239,9 @@ class Solver {
     for (int64_t k = 0; k < kEntropicReport; ++k) report_[k] = values[k];
   }
   void fail(EntropicStatus status) const {
-    for (int64_t i = 0; i < task_.n; ++i) item_.f[i] = kNan;
-    for (int64_t j = 0; j < task_.m; ++j) item_.g[j] = kNan;
-    report(status == EntropicStatus::infeasible ? kInfinity : kNan, kNan, kNan, 0, status);
+    for (int64_t i = 0; i < item_.rows; ++i) item_.f[i] = kNan;
+    for (int64_t j = 0; j < item_.columns; ++j) item_.g[j] = kNan;
+    report(kNan, kNan, kNan, 0, status);
   }
 
   const EntropicTask& task_;

@@ -176,8 +176,7 @@ EntropicOutcome pass(const EntropicPass& p, int64_t begin, int64_t end, void* sc
         shift = -largest(Exponents<Real>(p, c, 0.), m);
         if (!finite(shift)) {
           out.infeasible |= shift > 0;
-          out.error += sum;  // a NaN among the costs stays
-          item.f[i] = kInfinity;
+          out.error += shift > 0 ? 0. : __builtin_nan("");  // costs of NaN, which is no maximum, or -infinity
           continue;
         }
         sum = powers(Exponents<Real>(p, c, shift), m, row);

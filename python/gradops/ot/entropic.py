@@ -5,13 +5,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._checks import check_device, check_integers, may_look
+from .._checks import may_look
 from .._op import needs_derivative, primals, register
-from ._problem import Costs, check_costs, check_reg, check_weights
+from ._problem import Costs, check_reg, check_weights
 from .dense_plan import DensePlan
-from .result import OTResult
-
-_SAME_SUM = 1e-6  # relative: weights in float32 do not sum alike to the last bit
+from .result import STATUS, OTResult, Potentials
+from .solve import _inside, _problem
 
 
 def _fake(costs, y, a, b, alpha0, n_len, m_len, reg, tol, max_iter):
@@ -37,8 +36,8 @@ def entropic(M: Tensor | None = None, a: Tensor | None = None, b: Tensor | None 
 
     Args:
         M: costs ``(..., n, m)``; float64, float32, bfloat16 or float16. +inf forbids a pair.
-        a: weights of the rows ``(..., n)``, not negative, any floating dtype; default: uniform, of sum 1.
-        b: weights of the columns ``(..., m)``, of the same sum as ``a`` to 1e-6 relative (they are scaled to it).
+        a, b: weights of rows ``(..., n)`` and columns ``(..., m)``, not negative, any floating dtype. Sums must agree to
+            1e-5; ``b`` is scaled to the sum of ``a``. Default: uniform, with the sum of the other, or 1.
         reg: the regularisation, in the units of the costs.
         x, y: instead of ``M``: points ``(..., n, d)`` and ``(..., m, d)`` whose costs are their squared Euclidean
             distances; no matrix is stored.
@@ -52,15 +51,15 @@ def entropic(M: Tensor | None = None, a: Tensor | None = None, b: Tensor | None 
         An :class:`OTResult`; what it holds is float64, whatever the costs' dtype:
 
         - ``plan``: a :class:`DensePlan`, which is evaluated on demand and has ``to_dense()``, ``apply(v)`` and
-          ``apply_transpose(v)``; constants, as are ``potentials`` (``alpha``, ``beta``; -inf where a weight is 0).
+          ``apply_transpose(v)``; constants, as are ``potentials`` (``alpha``, of mean 0, and ``beta``; -inf where a weight is 0 or a length cuts off).
         - ``dual_value``: a lower bound of the optimum, up to rounding. ``value``: the objective of the plan rounded to
           both marginals (Altschuler, Weed and Rigollet 2017), an upper bound. ``gap`` = (``value`` -
           ``dual_value``) / (``reg`` sum a): the divergence of the rounded plan from T, summed without cancellation.
           Where rounding needs a forbidden pair, ``gap`` is infinite and ``value`` is the dual value.
         - ``marginal_err``: :math:`(\|T \mathbf 1 - a\|_1 + \|T^\top \mathbf 1 - b\|_1) / \|a\|_1`.
         - ``status``: "converged" only if ``marginal_err <= tol``; "iteration_limit"; "infeasible" for a row or column
-          with mass and no finite cost (``value`` is inf); "invalid" for NaN, negative weights, or weights that do not
-          sum alike, which on CPU are a ValueError instead.
+          with mass and no finite cost; "invalid" for NaN, negative weights, or weights that do not sum alike, which on
+          CPU are a ValueError instead. NaN everywhere in the last two.
 
     Raises:
         TypeError: an argument is no dense real floating-point tensor.
@@ -83,92 +82,46 @@ def entropic(M: Tensor | None = None, a: Tensor | None = None, b: Tensor | None 
         tensor([[0.4404, 0.0596],
                 [0.0596, 0.4404]], dtype=torch.float64)
     """
-    costs = check_costs(M, x, y, "sqeuclidean")
+    costs, a, b, lengths = _problem(M, a, b, x, y, n_len, m_len)
+    n, m = costs.size
     check_reg(reg)
     if not tol >= 0:
         raise ValueError(f"tol must not be negative, got {tol}")
     if max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
-    n, m = costs.size
-    weights = [None if w is None else w for w in (a, b, alpha0)]
-    for w, name, size in zip(weights, ("a", "b", "alpha0"), (n, m, n), strict=True):
-        if w is not None:
-            check_weights(w, name, size, costs)
-    for lengths, name in ((n_len, "n_len"), (m_len, "m_len")):
-        if lengths is not None:
-            check_integers(lengths, name)
-            check_device(lengths, name, costs.tensors[0], "the costs")
-    batch = torch.broadcast_shapes(costs.batch, *(w.shape[:-1] for w in weights if w is not None),
-                                   *(t.shape for t in (n_len, m_len) if t is not None))
-    costs = costs.expand(batch)
-    lens = [None if t is None else t.expand(batch).long() for t in (n_len, m_len)]
-    first = costs.tensors[0]
-    full = [_weights(w, size, length, batch, first)
-            for w, size, length in zip((a, b), (n, m), lens, strict=True)]
     if alpha0 is not None:
-        alpha0 = alpha0.detach().double().expand(*batch, n)
-    _look(costs, a, b, full, alpha0, lens, batch)
+        check_weights(alpha0, "alpha0", n, costs)
+        alpha0 = alpha0.detach().to(torch.float64).expand(a.shape)
+    for length, name, size in zip(lengths, ("n_len", "m_len"), (n, m), strict=True):
+        if length is not None and may_look(length) and ((length < 0) | (length > size)).any():
+            raise ValueError(f"{name} must be in [0, {size}], got {length.tolist()}")
     left, right = (costs.M, None) if costs.M is not None else (costs.x, costs.y)
-    value, alpha, beta, report = _entropic(left, right, *full, alpha0, *lens, float(reg), float(tol), int(max_iter))
     assert left is not None
+    value, alpha, beta, report = _entropic(left, right, a, b, alpha0, *lengths, float(reg), float(tol), int(max_iter))
+    dual_value, gap, marginal_err, n_iter, code = report.unbind(-1)
+    if may_look(code) and (code == STATUS.index("invalid")).any():
+        item = tuple((code == STATUS.index("invalid")).nonzero()[0].tolist())
+        raise ValueError(_fault(item, costs, a, b, alpha0, lengths))
     plan = DensePlan(left.detach(), None if right is None else right.detach(), alpha, beta, float(reg))
-    return OTResult(plan=plan, value=value, dual_value=report[..., 0], gap=report[..., 1],
-                    marginal_err=report[..., 2], ties=torch.zeros_like(report[..., 0], dtype=torch.int64),
-                    potentials=(alpha, beta), n_iter=report[..., 3].long(), status=report[..., 4].long())
+    return OTResult(plan, value, dual_value, gap, marginal_err, torch.zeros_like(dual_value), Potentials(alpha, beta),
+                    n_iter.to(torch.int64), code.to(torch.int64))
 
 
-def _weights(w: Tensor | None, size: int, length: Tensor | None, batch: tuple[int, ...], like: Tensor) -> Tensor:
-    """(*batch, size) in float64, 0 past a problem's length."""
-    if length is None:
-        if w is None:
-            return torch.full((*batch, size), 1 / max(size, 1), dtype=torch.float64, device=like.device)
-        return w.double().expand(*batch, size)
-    used = torch.arange(size, device=like.device) < length.unsqueeze(-1)
-    w = (1 / length.unsqueeze(-1)).double() if w is None else w.double()
-    return torch.where(used, w, 0.0)
-
-
-def _look(costs: Costs, a: Tensor | None, b: Tensor | None, full: list[Tensor], alpha0: Tensor | None,
-          lens: list[Tensor | None], batch: tuple[int, ...]) -> None:
-    """ValueErrors for numbers that make no sense, where looking at them costs no wait."""
-    tensors = [*costs.tensors, *full]
-    if not all(may_look(t) for t in tensors) or 0 in (*batch, *costs.size):
-        return
-
-    def refuse(bad: Tensor, text: str) -> None:
-        if bad.any():
-            where = f" in problem {tuple(bad.nonzero()[0].tolist())}" if bad.dim() else ""
-            raise ValueError(text + where)
-
-    for length, name, size in zip(lens, ("n_len", "m_len"), costs.size, strict=True):
-        if length is not None:
-            refuse((length < 0) | (length > size), f"{name} must be in [0, {size}], got a number outside")
-    used = [w.new_ones(w.shape, dtype=torch.bool) if length is None
-            else torch.arange(w.shape[-1]) < length.unsqueeze(-1) for w, length in zip(full, lens, strict=True)]
-    for name, t in zip("Mxy", costs, strict=True):
-        if t is None:
-            continue
-        t = t.detach()
-        bad = t.amin((-2, -1)) if name == "M" else t.sum((-2, -1), dtype=torch.float64)
-        bad = ~(bad > -torch.inf) if name == "M" else ~bad.isfinite()
-        if bad.any() and any(length is not None for length in lens):  # only what is in use counts
-            rows = used[1] if name == "y" else used[0]
-            inside = rows.unsqueeze(-1) & used[1].unsqueeze(-2) if name == "M" else rows.unsqueeze(-1)
-            wrong = ~(t > -torch.inf) if name == "M" else ~t.isfinite()
-            bad = (wrong & inside).flatten(-2).any(-1)
-        refuse(bad, f"{name} must not contain NaN or " + ("-inf" if name == "M" else "infinities") + ", which it does")
-    for name, w in zip("ab", full, strict=True):
-        w = w.detach()
-        refuse(~((w >= 0) & (w < torch.inf)).all(-1), f"{name} must be finite and not negative, which it is not")
-    sums = [w.detach().sum(-1) for w in full]
-    apart = (sums[0] - sums[1]).abs() > _SAME_SUM * sums[0]
-    if apart.any():
-        i = tuple(apart.nonzero()[0].tolist())
-        where = f" in problem {i}" if i else ""
-        raise ValueError(f"a and b must have the same sum, got {sums[0][i].item():.9g} and "
-                         f"{sums[1][i].item():.9g}{where}")
-    if alpha0 is not None:
-        refuse((alpha0.isnan() & used[0]).any(-1), "alpha0 must not contain NaN, which it does")
+def _fault(item: tuple[int, ...], costs: Costs, a: Tensor, b: Tensor, alpha0: Tensor | None,
+           lengths: tuple[Tensor | None, Tensor | None]) -> str:
+    """What is wrong with the numbers of one problem."""
+    n, m = (size if t is None else int(t[item]) for t, size in zip(lengths, costs.size, strict=True))
+    where = f" in problem {item}" if item else ""
+    weights = a[item][:n].detach(), b[item][:m].detach()
+    for name, w in zip("ab", weights, strict=True):
+        if not ((w >= 0) & (w < torch.inf)).all():
+            return f"{name} must be finite and not negative, got {w[~((w >= 0) & (w < torch.inf))][0]:.9g}{where}"
+    sums = [w.sum().item() for w in weights]
+    if abs(sums[0] - sums[1]) > 1e-5 * sums[0]:
+        return f"a and b must have the same sum, got {sums[0]:.9g} and {sums[1]:.9g}{where}"
+    if alpha0 is not None and not (alpha0[item][:n][weights[0] > 0] < torch.inf).all():
+        return f"alpha0 must be below infinity and not NaN{where}"
+    return f"{'M' if costs.M is not None else 'x and y'} must not hold NaN or -inf{where}"
 
 
 @torch.compiler.allow_in_graph
@@ -186,12 +139,9 @@ class _Entropic(torch.autograd.Function):
     @staticmethod
     def forward(costs: Tensor, y: Tensor | None, a: Tensor, b: Tensor, alpha0: Tensor | None, n_len: Tensor | None,
                 m_len: Tensor | None, reg: float, tol: float, max_iter: int) -> tuple[Tensor, ...]:
-        mass, other = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
-        alike = ((mass - other).abs() <= _SAME_SUM * mass) & (other > 0)
-        alpha, beta, report = _op(costs, y, a, torch.where(alike, b * (mass / other), b), alpha0, n_len, m_len, reg,
-                                  tol, max_iter)
-        above = report[..., 1] * mass.squeeze(-1) * reg
-        value = report[..., 0] + torch.where(above.isfinite(), above, 0.0)
+        alpha, beta, report = _op(costs, y, a, b, alpha0, n_len, m_len, reg, tol, max_iter)
+        above = report[..., 1] * _inside(a, a.shape[-1], n_len).sum(-1) * reg
+        value = torch.where(above == torch.inf, report[..., 0], report[..., 0] + above)
         return value, alpha, beta, report
 
     @staticmethod
