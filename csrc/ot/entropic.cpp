@@ -6,6 +6,7 @@
 
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "ot/relaxation.h"
 
 namespace gradops {
 namespace {
@@ -17,11 +18,15 @@ constexpr double kSameSum = 1e-5;  // relative: weights rounded to float do not 
 constexpr int64_t kStrip = 256;    // columns of one call of entropic_columns
 // Below this error float sums no longer tell how far the plan is from its marginals.
 constexpr double kFloatError = 1e-6;
-constexpr int kPatience = 8;  // iterations without a smaller error, until float gives way to double
+// It may be that already at a larger one, if kPatience plain steps, or a run of stretched ones, do not reduce it.
+constexpr double kStuckError = 1e-3;
+constexpr int kPatience = 8;
+constexpr int64_t kChunks = 64;  // at most
 
 // Sums over columns are made per chunk of rows and then added in order, so they do not depend on the number of threads.
 int64_t chunk_rows(const EntropicTask& t) {
-  const int64_t work = 65536 / (t.m > 0 ? t.m : 1) + 1, even = (t.n + 63) / 64, rows = work > even ? work : even;
+  const int64_t work = 65536 / (t.m > 0 ? t.m : 1) + 1, even = (t.n + kChunks - 1) / kChunks,
+                rows = work > even ? work : even;
   return (rows + kEntropicGroup - 1) / kEntropicGroup * kEntropicGroup;
 }
 int64_t chunks_of(const EntropicTask& t) { return (t.n + chunk_rows(t) - 1) / chunk_rows(t); }
@@ -161,33 +166,47 @@ class Solver {
   }
 
   int64_t iterate() {
+    Relaxation relaxation;
     double best = kInfinity, span = 0;
     int stale = 0;
-    bool settled = false;  // the potentials are from double arithmetic
+    bool settled = false;  // the potentials are from a plain step in double
     for (int64_t k = 1; k <= task_.max_iter; ++k) {
+      pass_.omega = relaxation.omega;
       if (!pass_.in_double) pass_.grid = run_.split(item_, span, memory_.g_high, memory_.g_low);
-      EntropicOutcome outcome[64];
-      each_chunk([&](int64_t c, int64_t begin, int64_t end, void* scratch) {
-        outcome[c] = run_.pass(pass_, begin, end, scratch, memory_.partial + c * task_.m);
-      });
-      double error = 0;
-      span = 0;
-      for (int64_t c = 0; c < chunks_; ++c) {
-        error += outcome[c].error / mass_;
-        span = outcome[c].span > span ? outcome[c].span : span;
-        if (outcome[c].infeasible) status_ = EntropicStatus::infeasible;
-      }
-      if (!std::isfinite(error)) status_ = EntropicStatus::invalid;
+      double error = pass(span);
       if (status_ != EntropicStatus::converged) return k;
-      add_chunks(memory_.partial, memory_.sums);
-      if (run_.step(item_, 1, least(), memory_.sums).doubtful > 0) mend_columns();
-      if (status_ != EntropicStatus::converged || (settled && error <= task_.tol)) return k;
-      settled = pass_.in_double;
+      const EntropicStep step = run_.step(item_, pass_.omega, least(), memory_.sums);
+      if (step.doubtful > 0) mend_columns();
+      // Plain steps never raise the error, so the potentials that they have led to are as good as those measured.
+      if (status_ != EntropicStatus::converged || (settled && pass_.omega == 1 && error <= task_.tol)) return k;
+      settled = pass_.in_double && pass_.omega == 1;
+      relaxation.observe(error, step.error / mass_);
+      if (pass_.omega > 1) error += step.error / mass_;
+      if (pass_.in_double && error <= task_.tol) relaxation.stop();
       stale = error < best ? 0 : stale + 1;
       best = error < best ? error : best;
-      if (!pass_.in_double && (error <= std::fmax(task_.tol, kFloatError) || stale >= kPatience)) use(true);
+      const bool stuck = pass_.omega > 1 ? relaxation.failed : stale >= kPatience;
+      if (!pass_.in_double && (error <= std::fmax(task_.tol, kFloatError) || (stuck && error < kStuckError))) use(true);
     }
     return task_.max_iter;
+  }
+
+  // Over all rows; returns the error of the row sums before their step.
+  double pass(double& span) {
+    EntropicOutcome outcome[kChunks];
+    each_chunk([&](int64_t c, int64_t begin, int64_t end, void* scratch) {
+      outcome[c] = run_.pass(pass_, begin, end, scratch, memory_.partial + c * task_.m);
+    });
+    double error = 0;
+    span = 0;
+    for (int64_t c = 0; c < chunks_; ++c) {
+      error += outcome[c].error / mass_;
+      span = outcome[c].span > span ? outcome[c].span : span;
+      if (outcome[c].infeasible) status_ = EntropicStatus::infeasible;
+    }
+    if (!std::isfinite(error)) status_ = EntropicStatus::invalid;
+    add_chunks(memory_.partial, memory_.sums);
+    return error;
   }
 
   void center() const {  // what is added to all f and taken from all g changes nothing
@@ -220,7 +239,7 @@ class Solver {
       missing -= w.scaled[j] * w.y[j];
       w.h[j] = std::fmax(item_.b[j] - w.scaled[j] * w.y[j], 0.);
     }
-    double parts[64], gap = 0;
+    double parts[kChunks], gap = 0;
     each_chunk([&](int64_t c, int64_t begin, int64_t end, void* scratch) {
       parts[c] = run_.gap(item_, {w.x, w.y, w.h, missing}, begin, end, scratch);
     });

@@ -172,6 +172,7 @@ EntropicOutcome pass(const EntropicPass& p, int64_t begin, int64_t end, void* sc
       const Real* c = costs<Real>(item, i, 0, m, buffer);
       double shift = item.f[i] - log_a, sum = powers(Exponents<Real>(p, c, shift), m, row);
       const double before = sum;
+      double omega = p.omega;
       if (!(finite(shift) && sum > 1e-18 && sum < 1e18)) {
         shift = -largest(Exponents<Real>(p, c, 0.), m);
         if (!finite(shift)) {
@@ -180,13 +181,14 @@ EntropicOutcome pass(const EntropicPass& p, int64_t begin, int64_t end, void* sc
           continue;
         }
         sum = powers(Exponents<Real>(p, c, shift), m, row);
+        omega = 1;
         out.error += 2 * item.a[i];  // at most: the former potential was no estimate
       } else {
         out.error += item.a[i] * __builtin_fabs(before - 1);
       }
-      const double step = -p.omega * log2_of(sum);
+      const double step = -omega * log2_of(sum);
       item.f[i] = shift + step + log_a;
-      weight[r] = item.a[i] * (p.omega == 1 ? 1 / sum : exp2_of(step));
+      weight[r] = item.a[i] * (omega == 1 ? 1 / sum : exp2_of(step));
       out.span = __builtin_fabs(item.f[i]) > out.span ? __builtin_fabs(item.f[i]) : out.span;
     }
     add_rows(t, stride, weight, m, sums);
