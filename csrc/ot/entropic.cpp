@@ -18,7 +18,8 @@ constexpr double kSameSum = 1e-5;  // relative: weights rounded to float do not 
 constexpr int64_t kStrip = 256;    // columns of one call of entropic_columns
 // Below this error float sums no longer tell how far the plan is from its marginals.
 constexpr double kFloatError = 1e-6;
-// It may be that already at a larger one, if kPatience plain steps, or a run of stretched ones, do not reduce it.
+// It may be that already at a larger one: if kPatience plain steps do not reduce it, or near the end a run of stretched
+// ones.
 constexpr double kStuckError = 1e-3;
 constexpr int kPatience = 8;
 constexpr int64_t kChunks = 64;  // at most
@@ -139,6 +140,8 @@ class Solver {
   // Columns whose sums are not trusted, from scratch.
   void mend_columns() {
     const bool was_double = pass_.in_double;
+    const double least_sum = least();
+    const auto doubtful = [&](int64_t j) { return item_.b[j] != 0 && !(memory_.sums[j] >= least_sum); };
     use(true);
     each((item_.columns + kStrip - 1) / kStrip, [&](int64_t k, void* scratch) {
       const int64_t begin = k * kStrip, end = begin + kStrip < item_.columns ? begin + kStrip : item_.columns;
@@ -154,7 +157,6 @@ class Solver {
         status_ = memory_.top[j] == -kInfinity ? EntropicStatus::infeasible : EntropicStatus::invalid;
     use(was_double);
   }
-  bool doubtful(int64_t j) const { return item_.b[j] != 0 && !(memory_.sums[j] >= least()); }
   double least() const { return mass_ * (pass_.in_double ? 1e-200 : 1e-25); }
 
   void start() {
@@ -185,8 +187,8 @@ class Solver {
       if (pass_.in_double && error <= task_.tol) relaxation.stop();
       stale = error < best ? 0 : stale + 1;
       best = error < best ? error : best;
-      const bool stuck = pass_.omega > 1 ? relaxation.failed : stale >= kPatience;
-      if (!pass_.in_double && (error <= std::fmax(task_.tol, kFloatError) || (stuck && error < kStuckError))) use(true);
+      const bool stuck = pass_.omega > 1 ? relaxation.failed && error < kStuckError : stale >= kPatience;
+      if (!pass_.in_double && (error <= std::fmax(task_.tol, kFloatError) || stuck)) use(true);
     }
     return task_.max_iter;
   }
