@@ -99,7 +99,7 @@ def plot(paths: dict[str, Tensor], file: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000, help="of training (default: 3000)")
+    parser.add_argument("--steps", type=int, default=1500, help="of training (default: 1500)")
     parser.add_argument("--size", type=int, default=128, help="of a batch (default: 128)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--plot", type=Path, default=Path("ot_flow_matching.png"), help="where the paths go")

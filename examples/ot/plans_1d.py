@@ -54,7 +54,7 @@ def plot(a: Tensor, b: Tensor, found: dict[str, ot.OTResult], file: Path) -> Non
         axis.fill_between(range(n), n, n + b * n * 2, color="tab:red", alpha=0.6, clip_on=False)
         axis.set(xlim=(-n / 5, n), ylim=(n * 1.2, -1), xticks=[], yticks=[], frame_on=False)
         axis.set_title(f"{name}\nrows off by {float(result.marginal_err):.0e}", fontsize=10)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120, bbox_inches="tight")
 
 
 def main(arguments: list[str] | None = None) -> None:
