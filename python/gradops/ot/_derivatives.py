@@ -6,31 +6,29 @@ import torch
 from torch import Tensor
 
 from .._op import primals
-from ._problem import Costs
 from .plan_vjp import plan_vjp
 
 # alpha, beta, indices and values of the plan, value, dual value; then gap, marginal_err and ties; n_iter and status
 Numbers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def differentiable(run: Callable[[Costs, Tensor, Tensor], Numbers], costs: Costs, a: Tensor, b: Tensor, reg: float
-                   ) -> Numbers:
-    """run(costs, a, b), with derivatives in its arguments."""
-    return _Solution.apply(run, reg, *costs, a, b)
+def differentiable(run: Callable[..., Numbers], reg: float, *inputs: Tensor | None) -> Numbers:
+    """run(M, x, y, a, b, and others that have no derivative), with derivatives."""
+    return _Solution.apply(run, reg, *inputs)
 
 
 class _Solution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(run: Any, reg: float, M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: Tensor
-                ) -> Numbers:
-        out = run(Costs(M, x, y), a, b)
+    def forward(run: Any, reg: float, M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: Tensor,
+                alpha0: Tensor | None, n_len: Tensor | None, m_len: Tensor | None) -> Numbers:
+        out = run(M, x, y, a, b, alpha0, n_len, m_len)
         return tuple(t.clone(memory_format=torch.contiguous_format) for t in out)  # no views of each other
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
-        _, ctx.reg, M, x, y, a, b = inputs
+        _, ctx.reg, M, x, y, a, *_ = inputs
         alpha, beta, index, T, *_ = output
         ctx.mark_non_differentiable(index, output[-1])
         ctx.set_materialize_grads(False)
@@ -65,11 +63,11 @@ class _Solution(torch.autograd.Function):
             pulls = 2 * edges[..., None] * _differences(x, y, index)
             to_y = -pulls.sum(-2).to(y.dtype)
             to_x = _add_rows(pulls, index, alpha.shape[-1]).to(x.dtype)
-        return None, None, to_M, to_x, to_y, rows, columns
+        return None, None, to_M, to_x, to_y, rows, columns, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, _run: Any, _reg: Any, M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor | None,
-            b: Tensor | None):
+            b: Tensor | None, *_: Any):
         at_x, at_y, alpha, beta, index, T = (None if t is None else primals([t])[0] for t in ctx.saved_tensors)
         edges = torch.zeros_like(T)
         if M is not None:

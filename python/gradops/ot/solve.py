@@ -1,4 +1,6 @@
 """Sparse optimal transport, solved and certified."""
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -6,7 +8,7 @@ from .._checks import check_device, check_integers, check_one_of, may_look
 from .._op import needs_derivative, refuse_derivative, register
 from ._derivatives import Numbers, differentiable
 from ._problem import Costs, check_costs, check_max_nz, check_reg, check_weights
-from .result import STATUS, OTResult, Potentials
+from .result import OTResult, Potentials
 from .sparse_plan import SparsePlan
 
 GAP_TO_TOL = 1e-3  # the value converges faster than the marginals
@@ -23,7 +25,6 @@ def _fake(M, x, y, a, b, alpha0, n_len, m_len, reg, max_nz, tol, gap_tol, max_it
 raw_solve = register("solve", fake=_fake)
 
 
-@torch.compiler.allow_in_graph
 def solve(
     M: Tensor | None,
     a: Tensor | None = None,
@@ -126,30 +127,37 @@ def solve(
         alpha0 = alpha0.to(torch.float64).expand(a.shape)
     most = 0 if max_nz is None or max_nz >= n else max_nz
 
-    def numbers(costs: Costs, a: Tensor, b: Tensor) -> Numbers:
-        known = all(may_look(t) for t in (a, b, *costs.tensors))
-        slots = max(most or (min(n, 64) if known else n), 1)
+    known = all(may_look(t) for t in (a, b, *costs.tensors))
+    slots = max(most or (min(n, 64) if known else n), 1)
+    alpha, beta, index, weight, value, dual_value, quality, counts = _solve(
+        *costs, a, b, alpha0, *lengths, float(reg), most, float(tol), max_iter, slots, known)
+    return OTResult(SparsePlan(index, weight, (*a.shape[:-1], n, m)), value, dual_value, *quality.unbind(-1),
+                    Potentials(alpha, beta), *counts.unbind(-1))
 
-        def run(width: int, start: Tensor | None) -> tuple[Tensor, ...]:
-            return raw_solve(*costs, a, b, start, *lengths, float(reg), most, float(tol), tol * GAP_TO_TOL, max_iter,
-                             width)
 
-        alpha, beta, index, weight, report = run(slots, alpha0)
-        if known and report.numel() and not most:
+@torch.compiler.allow_in_graph
+def _solve(M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: Tensor, alpha0: Tensor | None,
+           n_len: Tensor | None, m_len: Tensor | None, reg: float, max_nz: int, tol: float, max_iter: int, slots: int,
+           may_widen: bool) -> Numbers:
+    def run(M: Any, x: Any, y: Any, a: Tensor, b: Tensor, alpha0: Any, n_len: Any, m_len: Any) -> Numbers:
+        def numbers(width: int, start: Tensor | None) -> tuple[Tensor, ...]:
+            return raw_solve(M, x, y, a, b, start, n_len, m_len, reg, max_nz, tol, tol * GAP_TO_TOL, max_iter, width)
+
+        alpha, beta, index, weight, report = numbers(slots, alpha0)
+        if may_widen and report.numel() and not max_nz:
             widest = max(int(report[..., 10].nan_to_num().max()), 1)
             if widest > slots:  # from its solution it takes an evaluation or two
                 evaluations = report[..., 5]
-                alpha, beta, index, weight, report = run(widest, alpha)
+                alpha, beta, index, weight, report = numbers(widest, alpha)
                 report[..., 5] += evaluations
             else:
                 index, weight = index[..., :widest], weight[..., :widest]
         return alpha, beta, index, weight, report[..., 0], report[..., 1], report[..., 2:5], report[..., 5:7].long()
 
-    derived = needs_derivative(*costs.tensors, a, b)
-    found = differentiable(numbers, costs, a, b, float(reg)) if derived else numbers(costs, a, b)
-    alpha, beta, index, weight, value, dual_value, quality, counts = found
-    return OTResult(SparsePlan(index, weight, (*a.shape[:-1], n, m)), value, dual_value, *quality.unbind(-1),
-                    Potentials(alpha, beta), *counts.unbind(-1))
+    inputs = (M, x, y, a, b, alpha0, n_len, m_len)
+    if needs_derivative(*(t for t in inputs[:5] if t is not None)):
+        return differentiable(run, reg, *inputs)
+    return run(*inputs)
 
 
 def _problem(M: Tensor | None, a: Tensor | None, b: Tensor | None, x: Tensor | None, y: Tensor | None,
