@@ -11,31 +11,10 @@
 #pragma once
 #include "ot/path_newton.h"
 #include "ot/smooth_column.h"
+#include "ot/solve_state.h"
 
 namespace gradops {
 namespace {
-
-// What the smoothed evaluations keep beside an Evaluation (whose tau is here tau, and value the smoothed dual value).
-struct SmoothEvaluation {
-  Evaluation e;
-  double *theta, *full;  // m: how many entries are full
-  double* level;         // m: tau + theta, above which a column has entries
-};
-
-struct AscentState {
-  SmoothEvaluation now, trial;
-  double *tau, *theta;  // m: guesses
-  double* best;         // n: the alpha to return
-};
-
-GRADOPS_TEAM void plan_ascent(Carve& carve, const Transport& t, AscentState& s) {
-  const int64_t n = t.cost.n, m = t.cost.m;
-  double** vectors[] = {&s.now.theta, &s.now.full, &s.now.level, &s.trial.theta, &s.trial.full, &s.trial.level};
-  for (double** p : vectors) *p = carve.take<double>(m);
-  s.tau = carve.take<double>(m);
-  s.theta = carve.take<double>(m);
-  s.best = carve.take<double>(n);
-}
 
 template <class Lanes>
 GRADOPS_TEAM void smooth_project(const Lanes& lanes, const Transport& t, const TransportState& s, const AscentState& a,
@@ -265,9 +244,8 @@ GRADOPS_TEAM double largest_cost(Team& team, const Transport& t, const Transport
   return team.sum(n, [&](int64_t i) { return masked[i]; }) > 0 ? kInfinity : s.spread;
 }
 
-// averaged: the plan of the relaxation instead of the one with max_nz entries per column.
 template <class Team>
-GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState& a, bool averaged) {
+GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState& a) {
   const int64_t n = t.cost.n, m = t.cost.m;
   constexpr double kRough = 1e-2, kRatio = 4, kLast = 1e-4, kTight = 1e-3, kExact = 1e-7, kEnough = 1e-7;
   constexpr int64_t kStage = 300;  // evaluations
@@ -324,13 +302,22 @@ GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState
   const double ties = team.sum(m, [&](int64_t j) { return double(a.now.e.count[j] > t.max_nz); });
   Evaluation e = a.trial.e;
   if (!evaluate(team, t, s, a.best, t.reg, e)) return give_up(team, t, s, TransportStatus::overflow);
-  if (averaged) {
+  if (t.averaged) {
     e = a.now.e;
     e.tau = a.trial.e.tau;
   }
   e.value = best;
   finish(team, t, s, a.best, e, {upper, upper < kInfinity ? (upper - best) / upper : kInfinity}, status);
   team.once([&] { t.report->ties = ties; });
+}
+
+// Whichever method the problem asks for.
+template <class Team>
+GRADOPS_TEAM void solve_one(Team& team, const Transport& t, SolveState& s) {
+  if (t.max_nz > 0)
+    ascent(team, t, s.transport, s.ascent);
+  else
+    path_newton(team, t, s.transport);
 }
 
 }  // namespace

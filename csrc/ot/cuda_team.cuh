@@ -33,6 +33,18 @@ struct CudaLanes {  // one warp
     return warp_all(s, Larger());
   }
   template <class F>
+  __device__ double span(int64_t count, const F& f, double& least, double& most) const {
+    double s = 0, low = double(INFINITY), high = -low;
+    each(count, [&](int64_t k) {
+      const double v = f(k);
+      s += v;
+      low = v < low ? v : low;
+      high = v > high ? v : high;
+    });
+    least = -warp_all(-low, Larger()), most = warp_all(high, Larger());
+    return warp_all(s, Add());
+  }
+  template <class F>
   __device__ double above(int64_t count, const F& x, double level, int64_t& number) const {
     double s = 0;
     int many = 0;

@@ -7,6 +7,7 @@
 #include "common/scratch.h"
 #include "common/value_error.h"
 #include "ot/cpu_pieces.h"
+#include "ot/solve_state.h"
 
 namespace gradops {
 namespace {
@@ -27,23 +28,6 @@ double checked_sum(const char* name, const double* x, int64_t count, int64_t ite
   return sum;
 }
 
-// Problem i of the batch, as if it were alone.
-Transport item_of(const SolveTask& task, int64_t i) {
-  Transport t = task.first;
-  Cost& c = t.cost;
-  const int64_t n = c.n, m = c.m, size = element_size(c.element);
-  const auto skip = [=](const void* p, int64_t count) {
-    return p ? static_cast<const char*>(p) + i * count * size : p;
-  };
-  c.matrix = skip(c.matrix, n * m), c.x = skip(c.x, n * c.d), c.y = skip(c.y, m * c.d);
-  t.a += i * n, t.b += i * m, t.alpha += i * n, t.beta += i * m, t.report += i;
-  if (t.alpha0) t.alpha0 += i * n;
-  t.index += i * m * t.width, t.weight += i * m * t.width;
-  if (task.n_len) c.n = task.n_len[i];
-  if (task.m_len) c.m = task.m_len[i];
-  return t;
-}
-
 // Outputs outside of a ragged problem.
 void clear_rest(const SolveTask& task, const Transport& t) {
   const int64_t n = task.first.cost.n, m = task.first.cost.m;
@@ -61,9 +45,9 @@ void solve_item(const SolveTask& task, int64_t i, bool threads) {
   t.capacity = n * m <= kCandidates ? n : room > 256 ? room : 256;
   for (;; t.capacity *= 4) {
     t.capacity = t.capacity < n ? t.capacity : n;
-    TransportState s;
+    SolveState s;
     Carve measure(nullptr);
-    plan_state(measure, t, cpu_pieces(n, m), s);
+    plan_solve(measure, t, cpu_pieces(n, m), s);
     char* memory = thread_scratch(measure.bytes() + copied);
     if (copied) {
       char* compact = memory + measure.bytes();

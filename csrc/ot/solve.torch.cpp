@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> solve(
     const std::optional<Tensor>& M_in, const std::optional<Tensor>& x_in, const std::optional<Tensor>& y_in,
     const Tensor& a_in, const Tensor& b_in, const std::optional<Tensor>& alpha0_in,
     const std::optional<Tensor>& n_len_in, const std::optional<Tensor>& m_len_in, double reg, int64_t max_nz,
-    double tol, double gap_tol, int64_t max_iter, int64_t width) {
+    double tol, double gap_tol, int64_t max_iter, int64_t width, bool averaged) {
   STD_TORCH_CHECK(bool(M_in) != (x_in && y_in), "solve: either M, or x and y");
   STD_TORCH_CHECK(reg > 0 && max_nz >= 0 && width >= 1, "solve: bad reg, max_nz or width");
   const Scope scope(a_in);
@@ -73,6 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> solve(
   t.a = static_cast<const double*>(a.const_data_ptr()), t.b = static_cast<const double*>(b.const_data_ptr());
   t.reg = reg, t.max_nz = max_nz < n ? max_nz : 0;
   t.tol = tol, t.gap_tol = gap_tol, t.max_iter = max_iter, t.width = width;
+  t.averaged = averaged;
   t.alpha = write(alpha), t.beta = write(beta), t.weight = write(weight);
   t.index = static_cast<int64_t*>(index.mutable_data_ptr());
   t.report = reinterpret_cast<TransportReport*>(write(report));
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> solve(
 
 GRADOPS_OP(solve,
            "solve(Tensor? M, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor? alpha0, Tensor? n_len, Tensor? m_len, "
-           "float reg, int max_nz, float tol, float gap_tol, int max_iter, int width) "
+           "float reg, int max_nz, float tol, float gap_tol, int max_iter, int width, bool averaged) "
            "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 }  // namespace gradops

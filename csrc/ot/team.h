@@ -25,8 +25,10 @@
 // Scalars are the same in every thread of a team and control flow depends on them only. Nothing here or in the
 // algorithms knows <cuda>, threads or the standard library's containers.
 #pragma once
-#if defined(__CUDACC__) || defined(GRADOPS_CUDA_EMU)
-#define GRADOPS_TEAM __host__ __device__ inline
+#if defined(__CUDACC__)  // inlined into one another they take ptxas minutes
+#define GRADOPS_TEAM __host__ __device__ __noinline__
+#elif defined(GRADOPS_CUDA_EMU)
+#define GRADOPS_TEAM inline
 #else
 #define GRADOPS_TEAM inline
 #endif

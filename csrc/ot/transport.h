@@ -40,6 +40,7 @@ struct Transport {               // one problem
   const double *a, *b, *alpha0;  // n, m; n or null for a cold start
   double reg;
   int64_t max_nz;  // 0: as many as the solution has
+  bool averaged;   // for max_nz > 0: the plan of the relaxation, which meets the rows, may have more entries
   double tol, gap_tol;
   int64_t max_iter, capacity;  // evaluations; candidates per column, at most n
   double *alpha, *beta;        // out: n, m

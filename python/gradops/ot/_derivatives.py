@@ -12,23 +12,23 @@ from .plan_vjp import plan_vjp
 Numbers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def differentiable(run: Callable[..., Numbers], reg: float, *inputs: Tensor | None) -> Numbers:
-    """run(M, x, y, a, b, and others that have no derivative), with derivatives."""
-    return _Solution.apply(run, reg, *inputs)
+def differentiable(run: Callable[..., Numbers], reg: float, averaged: bool, *inputs: Tensor | None) -> Numbers:
+    """run(M, x, y, a, b, and others that have no derivative), with derivatives; averaged: the plan has none."""
+    return _Solution.apply(run, reg, averaged, *inputs)
 
 
 class _Solution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(run: Any, reg: float, M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: Tensor,
-                alpha0: Tensor | None, n_len: Tensor | None, m_len: Tensor | None) -> Numbers:
+    def forward(run: Any, reg: float, averaged: bool, M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor,
+                b: Tensor, alpha0: Tensor | None, n_len: Tensor | None, m_len: Tensor | None) -> Numbers:
         out = run(M, x, y, a, b, alpha0, n_len, m_len)
         return tuple(t.clone(memory_format=torch.contiguous_format) for t in out)  # no views of each other
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
-        _, ctx.reg, M, x, y, a, *_ = inputs
+        _, ctx.reg, ctx.averaged, M, x, y, a, *_ = inputs
         alpha, beta, index, T, *_ = output
         ctx.mark_non_differentiable(index, output[-1])
         ctx.set_materialize_grads(False)
@@ -44,6 +44,8 @@ class _Solution(torch.autograd.Function):
                                "detach them")
         if to_quality is not None:
             raise RuntimeError("solve: gap, marginal_err and ties have no derivative; detach them")
+        if to_plan is not None and ctx.averaged:
+            raise RuntimeError("solve: an averaged plan has no derivative; detach it, or take plan_kind='sparse'")
         x, y, alpha, beta, index, T = ctx.saved_tensors
         edges, rows, columns = torch.zeros_like(T), torch.zeros_like(alpha), torch.zeros_like(beta)
         for scale in (to_value, to_dual):
@@ -56,17 +58,17 @@ class _Solution(torch.autograd.Function):
         wants = ctx.needs_input_grad
         to_M = to_x = to_y = None
         if x is None:
-            if wants[2]:
+            if wants[3]:
                 dense = edges.new_zeros(*edges.shape[:-1], alpha.shape[-1]).scatter_add(-1, index, edges)
                 to_M = dense.mT.to(ctx.dtype)
-        elif wants[3] or wants[4]:
+        elif wants[4] or wants[5]:
             pulls = 2 * edges[..., None] * _differences(x, y, index)
             to_y = -pulls.sum(-2).to(y.dtype)
             to_x = _add_rows(pulls, index, alpha.shape[-1]).to(x.dtype)
-        return None, None, to_M, to_x, to_y, rows, columns, None, None, None
+        return None, None, None, to_M, to_x, to_y, rows, columns, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, _run: Any, _reg: Any, M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor | None,
+    def jvp(ctx: Any, _run: Any, _reg: Any, _averaged: Any, M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor | None,
             b: Tensor | None, *_: Any):
         at_x, at_y, alpha, beta, index, T = (None if t is None else primals([t])[0] for t in ctx.saved_tensors)
         edges = torch.zeros_like(T)
@@ -79,8 +81,8 @@ class _Solution(torch.autograd.Function):
         a = torch.zeros_like(alpha) if a is None else a
         b = torch.zeros_like(beta) if b is None else b
         value = (T * edges).sum((-2, -1)) + (alpha * a).sum(-1) + (beta * b).sum(-1)
-        plan, _, _ = plan_vjp(index, T, -edges / ctx.reg, -a, -b)
-        unknown = [t * torch.nan for t in (alpha, beta, torch.stack([value] * 3, -1))]  # rather than a silent 0
+        unknown = [t * torch.nan for t in (alpha, beta, torch.stack([value] * 3, -1), T)]  # rather than a silent 0
+        plan = unknown[3] if ctx.averaged else plan_vjp(index, T, -edges / ctx.reg, -a, -b)[0]
         return unknown[0], unknown[1], None, plan, value, value.clone(), unknown[2], None
 
 

@@ -15,7 +15,7 @@ GAP_TO_TOL = 1e-3  # the value converges faster than the marginals
 _REPORT = 11  # numbers of a TransportReport
 
 
-def _fake(M, x, y, a, b, alpha0, n_len, m_len, reg, max_nz, tol, gap_tol, max_iter, width):
+def _fake(M, x, y, a, b, alpha0, n_len, m_len, reg, max_nz, tol, gap_tol, max_iter, width, averaged):
     index = b.new_empty(*b.shape, width, dtype=torch.int64)
     return (torch.empty_like(a, memory_format=torch.contiguous_format),
             torch.empty_like(b, memory_format=torch.contiguous_format), index,
@@ -117,7 +117,7 @@ def solve(
     check_reg(reg)
     check_max_nz(max_nz)
     check_one_of(method, "method", ("auto",))
-    check_one_of(plan_kind, "plan_kind", ("sparse",))
+    check_one_of(plan_kind, "plan_kind", ("sparse", "averaged"))
     if not 0 < tol < 1:
         raise ValueError(f"tol must be between 0 and 1, got {tol}")
     if max_iter < 1:
@@ -128,9 +128,11 @@ def solve(
     most = 0 if max_nz is None or max_nz >= n else max_nz
 
     known = all(may_look(t) for t in (a, b, *costs.tensors))
-    slots = max(most or (min(n, 64) if known else n), 1)
+    averaged = plan_kind == "averaged" and most > 0
+    slots = max(min(n, 4 * most + 16 if known else n) if averaged else most or (min(n, 64) if known else n), 1)
     alpha, beta, index, weight, value, dual_value, quality, counts = _solve(
-        *costs, a, b, alpha0, *lengths, float(reg), most, float(tol), max_iter, slots, known)
+        *costs, a, b, alpha0, *lengths, float(reg), most, float(tol), max_iter, slots, averaged,
+        known and (averaged or not most))
     return OTResult(SparsePlan(index, weight, (*a.shape[:-1], n, m)), value, dual_value, *quality.unbind(-1),
                     Potentials(alpha, beta), *counts.unbind(-1))
 
@@ -138,13 +140,14 @@ def solve(
 @torch.compiler.allow_in_graph
 def _solve(M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: Tensor, alpha0: Tensor | None,
            n_len: Tensor | None, m_len: Tensor | None, reg: float, max_nz: int, tol: float, max_iter: int, slots: int,
-           may_widen: bool) -> Numbers:
+           averaged: bool, may_widen: bool) -> Numbers:
     def run(M: Any, x: Any, y: Any, a: Tensor, b: Tensor, alpha0: Any, n_len: Any, m_len: Any) -> Numbers:
         def numbers(width: int, start: Tensor | None) -> tuple[Tensor, ...]:
-            return raw_solve(M, x, y, a, b, start, n_len, m_len, reg, max_nz, tol, tol * GAP_TO_TOL, max_iter, width)
+            return raw_solve(M, x, y, a, b, start, n_len, m_len, reg, max_nz, tol, tol * GAP_TO_TOL, max_iter, width,
+                             averaged)
 
         alpha, beta, index, weight, report = numbers(slots, alpha0)
-        if may_widen and report.numel() and not max_nz:
+        if may_widen and report.numel():
             widest = max(int(report[..., 10].nan_to_num().max()), 1)
             if widest > slots:  # from its solution it takes an evaluation or two
                 evaluations = report[..., 5]
@@ -156,7 +159,7 @@ def _solve(M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: T
 
     inputs = (M, x, y, a, b, alpha0, n_len, m_len)
     if needs_derivative(*(t for t in inputs[:5] if t is not None)):
-        return differentiable(run, reg, *inputs)
+        return differentiable(run, reg, averaged, *inputs)
     return run(*inputs)
 
 
