@@ -26,7 +26,7 @@ def solve(x):
     n, m = x.shape[-2:]
     batch = x.shape[:-2]
     return (x, None, None, torch.full((*batch, n), 1 / n, dtype=torch.float64),
-            torch.full((*batch, m), 1 / m, dtype=torch.float64), None, None, None, 0.7, 0, 1e-6, 1e-9, 1000, n)
+            torch.full((*batch, m), 1 / m, dtype=torch.float64), None, None, None, 0.7, 0, 1e-6, 1e-9, 1000, n, False)
 
 
 CALLS = {
