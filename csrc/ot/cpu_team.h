@@ -118,12 +118,18 @@ class CpuTeam {
 
  private:
   static constexpr int64_t kShare = 1 << 15;  // numbers that are worth a thread's while
+  // One compiled body, with or without threads: another copy of it might be vectorized into another order of sums.
+  template <class F>
+  [[gnu::noipa]] static void range(int64_t begin, int64_t end, void* f) {
+    (*static_cast<const F*>(f))(begin, end);
+  }
   template <class F>
   void share(int64_t count, int64_t work, const F& f) const {
+    void* context = const_cast<F*>(&f);
     if (threads_)
-      parallel_for(0, count, (kShare + work - 1) / (work > 0 ? work : 1), f);
+      run_parallel(0, count, (kShare + work - 1) / (work > 0 ? work : 1), range<F>, context);
     else if (count > 0)
-      f(0, count);
+      range<F>(0, count, context);
   }
   // Blocks of columns in which a candidate is wanted; rows of a block are whole cache lines.
   template <class F>
