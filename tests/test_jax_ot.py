@@ -64,7 +64,7 @@ def test_solve(ot, wide, max_nz):
                lambda r, plan, w: (plan**2 * w).sum() + r.dual_value.sum()):
         expected = torch.autograd.grad(of(want, want.plan.to_dense(), torch.from_numpy(weights)), tensors,
                                        retain_graph=True)
-        gradient = jax.jit(jax.grad(lambda *t: of(f(*t), f(*t).plan, weights), (0, 1, 2)))(M, a, b)
+        gradient = jax.jit(jax.grad(lambda *t, of=of: of(f(*t), f(*t).plan, weights), (0, 1, 2)))(M, a, b)
         for x, y in zip(gradient, expected, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
 

@@ -1,8 +1,8 @@
 """Sparse optimal transport in JAX programs, on CPU: under jit and vmap, with gradients of values and plans.
 
-By `jax.pure_callback` into the functions of `gradops.ot`, not by XLA's foreign functions as row_norm is: how many entries
-a column may need is known only while solving, and a solver that runs out of room starts again with more. A solution
-takes milliseconds, a callback some tens of microseconds.
+By `jax.pure_callback` into the functions of `gradops.ot`, not by XLA's foreign functions as row_norm is: how many
+entries a column may need is known only while solving, and a solver that runs out of room starts again with more. A
+solution takes milliseconds, a callback some tens of microseconds.
 """
 from functools import partial
 from typing import Any, NamedTuple
@@ -79,7 +79,7 @@ def _solve_forward(M, a, b, reg, max_nz, tol, max_iter):
 
 def _solve_backward(reg, max_nz, tol, max_iter, kept, gradients):
     T, alpha, beta, *like = kept
-    _refuse("solve", OTSolution(*gradients), ("plan", "value", "dual_value"))
+    _refuse("solve", OTSolution(*gradients)._asdict(), ("plan", "value", "dual_value"))
     plan, *values = gradients[:3]
     scale = sum((g for g in values if not isinstance(g, SymbolicZero)), jnp.zeros(T.shape[:-2], T.dtype))
     gradient = (scale[..., None, None] * T, scale[..., None] * alpha, scale[..., None] * beta)
@@ -120,13 +120,14 @@ def semidual(alpha: jax.Array, M: jax.Array, a: jax.Array, b: jax.Array, reg: fl
     _check_weights(M, alpha=(alpha, n), a=(a, n), b=(b, m))
     batch = np.broadcast_shapes(M.shape[:-2], alpha.shape[:-1], a.shape[:-1], b.shape[:-1])
     shapes = ((*batch, n), (*batch, n, m), (*batch, n), (*batch, m))
-    return _semidual(*(jnp.broadcast_to(t, s) for t, s in zip((alpha, M, a, b), shapes, strict=True)), float(reg), max_nz)
+    alpha, M, a, b = (jnp.broadcast_to(t, s) for t, s in zip((alpha, M, a, b), shapes, strict=True))
+    return _semidual(alpha, M, a, b, float(reg), max_nz)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _semidual(alpha, M, a, b, reg, max_nz):
     def run(alpha, M, a, b):
-        value, gradient, plan, tau = ot.semidual(*(_tensor(t) for t in (alpha, M, a, b)), reg, max_nz)
+        value, gradient, plan, tau = ot.semidual(_tensor(alpha), _tensor(M), _tensor(a), _tensor(b), reg, max_nz)
         return _arrays(value, gradient, plan.to_dense(), tau)
 
     real = _shapes(np.float64)
@@ -141,8 +142,7 @@ def _semidual_forward(alpha, M, a, b, reg, max_nz):
 
 def _semidual_backward(reg, max_nz, kept, gradients):
     alpha, gradient, T, tau, *like = kept
-    names = ("value", "gradient", "plan", "tau")
-    _refuse("semidual", NamedTuple("Results", [(k, Any) for k in names])(*gradients), ("value",))  # type: ignore[misc]
+    _refuse("semidual", dict(zip(("value", "gradient", "plan", "tau"), gradients, strict=True)), ("value",))
     scale = gradients[0]
     if isinstance(scale, SymbolicZero):
         scale = jnp.zeros(scale.shape, scale.dtype)
@@ -158,15 +158,16 @@ def _like(*arguments: Any) -> list[jax.Array]:
     return [jnp.zeros(0, t.value.dtype) for t in arguments]
 
 
-def _refuse(function: str, gradients: Any, known: tuple[str, ...]) -> None:
-    for name, g in gradients._asdict().items():
+def _refuse(function: str, gradients: dict[str, Any], known: tuple[str, ...]) -> None:
+    for name, g in gradients.items():
         if name not in known and not isinstance(g, SymbolicZero) and jnp.issubdtype(g.dtype, jnp.floating):
             raise TypeError(f"{function}: {name} has no derivative in JAX; take jax.lax.stop_gradient of it")
 
 
 def _check(x: Any, name: str, dims: int) -> None:
     if getattr(getattr(x, "dtype", None), "name", None) not in _DTYPES:
-        raise TypeError(f"{name} must be a float64, float32, bfloat16 or float16 array, got {getattr(x, 'dtype', type(x))}")
+        got = getattr(x, "dtype", type(x).__name__)
+        raise TypeError(f"{name} must be a float64, float32, bfloat16 or float16 array, got {got}")
     if x.ndim < dims:
         raise ValueError(f"{name} must have at least {dims} dimensions, got shape {x.shape}")
 

@@ -40,8 +40,8 @@ class _Solution(torch.autograd.Function):
     def backward(ctx: Any, to_alpha: Tensor | None, to_beta: Tensor | None, _: Any, to_plan: Tensor | None,
                  to_value: Tensor | None, to_dual: Tensor | None, to_quality: Tensor | None, _counts: Any):
         if to_alpha is not None or to_beta is not None:
-            raise RuntimeError("solve: potentials have no derivative, so that value has no second derivative in a and b; "
-                               "detach them")
+            raise RuntimeError("solve: potentials have no derivative, so that value has no second derivative in a and "
+                               "b; detach them")
         if to_quality is not None:
             raise RuntimeError("solve: gap, marginal_err and ties have no derivative; detach them")
         if to_plan is not None and ctx.averaged:
@@ -68,14 +68,16 @@ class _Solution(torch.autograd.Function):
         return None, None, None, to_M, to_x, to_y, rows, columns, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, _run: Any, _reg: Any, _averaged: Any, M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor | None,
-            b: Tensor | None, *_: Any):
-        at_x, at_y, alpha, beta, index, T = (None if t is None else primals([t])[0] for t in ctx.saved_tensors)
+    def jvp(ctx: Any, _run: Any, _reg: Any, _averaged: Any, M: Tensor | None, x: Tensor | None, y: Tensor | None,
+            a: Tensor | None, b: Tensor | None, *_: Any):
+        at_x, at_y = (None if t is None else primals([t])[0] for t in ctx.saved_tensors[:2])
+        alpha, beta, index, T = primals(ctx.saved_tensors[2:])
         edges = torch.zeros_like(T)
         if M is not None:
             edges = M.mT.gather(-1, index).to(torch.float64)
         for t, sign in ((x, 1), (y, -1)):
             if t is not None:
+                assert at_x is not None and at_y is not None
                 moved = _points(t, index) if sign > 0 else t.to(torch.float64)[..., None, :]
                 edges = edges + 2 * sign * (_differences(at_x, at_y, index) * moved).sum(-1)
         a = torch.zeros_like(alpha) if a is None else a

@@ -35,6 +35,8 @@ def plan_vjp(index: Tensor, value: Tensor, g: Tensor, p: Tensor, q: Tensor) -> t
 
     Conjugate gradients, O(entries) a step. Linear, and differentiable to any order in ``g``, ``p`` and ``q``.
     """
+    if value.is_cuda:
+        raise RuntimeError("solve: the derivative of a plan is on the CPU only; solve there, or differentiate value")
     if needs_derivative(g, p, q):
         return _PlanVjp.apply(index, value, g, p, q)
     return _op(index, value, g, p, q)

@@ -25,9 +25,10 @@ def smooth_ot_semi_dual(a: Array, b: Array, M: Array, reg: float, reg_type: str 
 
     - ``reg_type`` is ``"l2"`` or ``"sparsity_constrained"``, in POT's other spellings too; not ``"kl"``.
     - ``method`` chooses nothing, as in POT: it is that of `gradops.ot.solve`.
-    - ``stopThr`` bounds the error of the row marginals, where POT stops once the objective improves by less; it is raised
-      to 1e-12. ``numItermax`` bounds evaluations of the objective.
-    - A plan whose row marginals are off by more than 1e-6 comes with a warning that says by how much. POT reports success.
+    - ``stopThr`` bounds the error of the row marginals, where POT stops once the objective improves by less; it is
+      raised to 1e-12. ``numItermax`` bounds evaluations of the objective.
+    - A plan whose row marginals are off by more than 1e-6 comes with a warning that says by how much. POT reports
+      success.
     - A column without weight is a column of zeros, and ``max_nz`` at or above ``len(a)`` is no bound.
 
     Args:
@@ -76,8 +77,8 @@ def smooth_ot_semi_dual(a: Array, b: Array, M: Array, reg: float, reg_type: str 
     plan = result.plan.to_dense()
     alpha, calls = result.potentials.alpha.numpy(), int(result.n_iter)
     if verbose:
-        print(f"{result.status} after {calls} evaluations: objective {float(result.dual_value):.9g}, row marginals off by "
-              f"{error:.1e}, gap {float(result.gap):.1e}")
+        print(f"{result.status} after {calls} evaluations: objective {float(result.dual_value):.9g}, "
+              f"row marginals off by {error:.1e}, gap {float(result.gap):.1e}")
     if not log:
         return plan.numpy()
     success = result.status == "converged"

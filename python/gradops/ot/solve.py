@@ -91,10 +91,10 @@ def solve(
     Differentiable in ``M``, ``x``, ``y``, ``a`` and ``b``, in both modes. ``value`` and ``dual_value`` by the envelope
     theorem: their gradient is the plan in ``M``, ``alpha`` in ``a`` and ``beta`` in ``b``, where only changes that keep
     the sums alike mean anything. ``plan.values`` with the support held, to any order: exact without ``max_nz`` where no
-    entry is about to enter or leave (elsewhere a one-sided derivative). With ``max_nz`` the plan's derivative is that of
-    a quadratic plan on its support: a heuristic at ties, and wherever the marginals do not hold. Values have second
-    derivatives in the costs. Potentials, quality and averaged plans have no derivative: an error in reverse mode, NaN in
-    forward mode.
+    entry is about to enter or leave (elsewhere a one-sided derivative). With ``max_nz`` the plan's derivative is that
+    of a quadratic plan on its support: a heuristic at ties, and wherever the marginals do not hold. Values have second
+    derivatives in the costs. Potentials, quality and averaged plans have no derivative: an error in reverse mode, NaN
+    in forward mode. A plan's derivative is on the CPU only.
 
     Semi-dual and path: Blondel, Seguy and Rolet (2018); Newton: Lorenz, Manns and Meyer (2021), here with the damping
     of Levenberg and Marquardt; rounding: Altschuler, Weed and Rigollet (2017, Algorithm 2). POT: ``ot.smooth``. Near
@@ -135,8 +135,9 @@ def solve(
     alpha, beta, index, weight, value, dual_value, quality, counts = _solve(
         *costs, a, b, alpha0, *lengths, float(reg), most, float(tol), max_iter, slots, averaged,
         known and (averaged or not most))
-    return OTResult(SparsePlan(index, weight, (*a.shape[:-1], n, m)), value, dual_value, *quality.unbind(-1),
-                    Potentials(alpha, beta), *counts.unbind(-1))
+    (gap, marginal_err, ties), (n_iter, status) = quality.unbind(-1), counts.unbind(-1)
+    return OTResult(SparsePlan(index, weight, (*a.shape[:-1], n, m)), value, dual_value, gap, marginal_err, ties,
+                    Potentials(alpha, beta), n_iter, status)
 
 
 @torch.compiler.allow_in_graph

@@ -70,7 +70,8 @@ def quadratic(alpha: Tensor, M: Tensor, a: Tensor, b: Tensor, reg: float, tol: f
 def ascend(alpha: Tensor, M: Tensor, a: Tensor, b: Tensor, reg: float, max_nz: int, budget: int) -> tuple[Tensor, int]:
     """L-BFGS with halved steps, and then steps along subgradients of decreasing length: the best alpha of all, and how
     often D was evaluated."""
-    at, calls, pairs = SemiDual(alpha, M, a, b, reg, max_nz), 1, []
+    at, calls = SemiDual(alpha, M, a, b, reg, max_nz), 1
+    pairs: list[tuple[Tensor, Tensor]] = []
     while calls < budget // 2:
         step, coefficients = at.gradient.clone(), []
         for s, y in reversed(pairs):

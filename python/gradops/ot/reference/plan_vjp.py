@@ -6,7 +6,9 @@ from torch import Tensor
 def plan_vjp(index: Tensor, value: Tensor, g: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One problem after the other: the normal equations of the Laplacian by its eigenvectors."""
     m, n = index.shape[-2], p.shape[-1]
-    rs, us, vs = [], [], []
+    rs: list[Tensor] = []
+    us: list[Tensor] = []
+    vs: list[Tensor] = []
     for rows, t, x, row, col in zip(index.reshape(-1, m, index.shape[-1]), value.reshape(-1, m, index.shape[-1]),
                                     g.reshape(-1, m, index.shape[-1]), p.reshape(-1, n), q.reshape(-1, m), strict=True):
         column, place = (t > 0).nonzero(as_tuple=True)
