@@ -109,7 +109,8 @@ def rounded(T: Tensor, a: Tensor, b: Tensor) -> Tensor:
     T = T * torch.where(rows > a, a / rows, 1)[:, None]
     cols = T.sum(0)
     T = T * torch.where(cols > b, b / cols, 1)
-    missing_a, missing_b = (a - T.sum(1)).clamp_min(0), (b - T.sum(0)).clamp_min(0)
+    # What is missing by rounding alone is not filled in: it might fall on a masked entry.
+    missing_a, missing_b = (torch.where(w > 1e-14 * a.sum(), w, 0) for w in (a - T.sum(1), b - T.sum(0)))
     i = j = 0
     while i < len(a) and j < len(b):
         mass = torch.minimum(missing_a[i], missing_b[j])
