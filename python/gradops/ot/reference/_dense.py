@@ -102,23 +102,18 @@ def ascend(alpha: Tensor, M: Tensor, a: Tensor, b: Tensor, reg: float, max_nz: i
     return best[1], max(calls, budget)
 
 
-def rounded(T: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """A plan near T with both marginals (Altschuler, Weed and Rigollet 2017), what is missing filled in from the
-    north-west corner."""
-    rows, cols = T.sum(1), T.sum(0)
-    T = T * torch.where(rows > a, a / rows, 1)[:, None]
-    cols = T.sum(0)
-    T = T * torch.where(cols > b, b / cols, 1)
-    # What is missing by rounding alone is not filled in: it might fall on a masked entry.
-    missing_a, missing_b = (torch.where(w > 1e-14 * a.sum(), w, 0) for w in (a - T.sum(1), b - T.sum(0)))
-    i = j = 0
-    while i < len(a) and j < len(b):
-        mass = torch.minimum(missing_a[i], missing_b[j])
-        T[i, j] += mass
-        missing_a[i] -= mass
-        missing_b[j] -= mass
-        if missing_a[i] <= missing_b[j]:
-            i += 1
-        else:
-            j += 1
-    return T
+def rounded(T: Tensor, a: Tensor, b: Tensor, allowed: Tensor) -> tuple[Tensor, bool]:
+    """A plan near T (Altschuler, Weed and Rigollet 2017), what is missing filled in from the north-west corner where
+    it is allowed; and whether it has both marginals."""
+    T = T * torch.where(T.sum(1) > a, a / T.sum(1), 1)[:, None]
+    T = T * torch.where(T.sum(0) > b, b / T.sum(0), 1)
+    missing_a, missing_b = (a - T.sum(1)).clamp_min(0), (b - T.sum(0)).clamp_min(0)
+    for i in range(len(a)):
+        for j in (allowed[i] & (missing_b > 0)).nonzero()[:, 0].tolist():
+            mass = torch.minimum(missing_a[i], missing_b[j])
+            T[i, j] += mass
+            missing_a[i] -= mass
+            missing_b[j] -= mass
+            if missing_a[i] <= 0:
+                break
+    return T, bool(missing_a.sum() <= 1e-14 * a.sum())

@@ -64,9 +64,9 @@ def _one(M: Tensor, a: Tensor, b: Tensor, reg: float, max_nz: int | None, tol: f
         if not bounded and shrink < 1:
             alpha, at, more = newton(alpha, C, left, right, reg, shrink * tol * mass, max_iter)
             calls += more
-        R = rounded(at.T, left, right)
-        value = float((R * C)[R > 0].sum() + reg / 2 * (R**2).sum())
-        gap = (value - at.value) / max(abs(value), 1e-300)
+        R, met = rounded(at.T, left, right, C.isfinite())
+        value = float((R * C)[R > 0].sum() + reg / 2 * (R**2).sum()) if met else torch.inf
+        gap = (value - at.value) / max(abs(value), 1e-300) if met else torch.inf
         if bounded or gap <= tol * 1e-3:
             break
     error = float(at.gradient.abs().sum()) / mass
