@@ -36,6 +36,6 @@ def solve(x):
 
 CALLS = {
     "sparse_simplex_projection": Call(lambda x: (x, x[..., 0].double().square(), 3), projection),
-    "solve": Call(solve, lambda x: ot.solve(x, reg=0.7).value, derivatives=0),
+    "solve": Call(solve, lambda x: ot.solve(x, reg=0.7, tol=1e-9).value),
     "semidual": Call(semidual_raw, semidual),
 }

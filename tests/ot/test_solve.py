@@ -84,7 +84,7 @@ def test_the_whole_table(kind, weight, reg, n, m):
 def test_is_the_reference():
     M, a, b = costs("gauss", 12, 15), weights("random", 12), weights("random", 15, 1)
     for reg in (3.0, 0.1):
-        plan, _, _ = reference.solve(M, a, b, reg=reg)
+        plan = reference.solve(M, a, b, reg=reg, tol=1e-9).plan.to_dense()
         torch.testing.assert_close(solve(M, a, b, reg=reg).plan.to_dense(), plan, rtol=0, atol=1e-8)
 
 
@@ -281,5 +281,3 @@ def test_bad_input():
     ):
         with pytest.raises(error, match=match):
             call()
-    with pytest.raises(RuntimeError, match="M asks for a derivative"):
-        solve(M.requires_grad_())

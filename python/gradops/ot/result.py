@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .dense_plan import DensePlan
 from .sparse_plan import SparsePlan
 
 # In the order of csrc/ot/transport.h.
@@ -37,7 +38,7 @@ class OTResult:
         status_code: ``(...)``, int64, places in ``STATUS``.
     """
 
-    plan: SparsePlan
+    plan: SparsePlan | DensePlan
     value: Tensor
     dual_value: Tensor
     gap: Tensor

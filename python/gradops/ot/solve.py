@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_integers, check_one_of, may_look
-from .._op import refuse_derivative, register
+from .._op import needs_derivative, refuse_derivative, register
+from ._derivatives import Numbers, differentiable
 from ._problem import Costs, check_costs, check_max_nz, check_reg, check_weights
 from .result import OTResult, Potentials
 from .sparse_plan import SparsePlan
@@ -83,6 +84,7 @@ def solve(
             costs; what is outside is not read, and is 0 in the results.
         plan_kind: with ``max_nz``, ``"sparse"``: never more entries per column, rows up to ``marginal_err``; or
             ``"averaged"``: the plan of the relaxation, which nearly meets the rows, with more entries in some columns.
+            See the guide to sparse transport.
 
     Returns:
         An `OTResult` with plan, value, dual value, gap, error of the marginals, potentials and status per problem.
@@ -95,6 +97,14 @@ def solve(
 
     A masked problem (``+inf`` costs) is found infeasible if a row or a column with mass has no finite cost. Other kinds
     of infeasibility are not detected as such: they end as ``"stalled"`` or ``"iteration_limit"``.
+
+    Differentiable in ``M``, ``x``, ``y``, ``a`` and ``b``, in both modes. ``value`` and ``dual_value`` by the envelope
+    theorem: their gradient is the plan in ``M``, ``alpha`` in ``a`` and ``beta`` in ``b``, where only changes that keep
+    the sums alike mean anything. ``plan.values`` with the support held, to any order: exact without ``max_nz`` where no
+    entry is about to enter or leave (elsewhere a one-sided derivative). With ``max_nz`` the plan's derivative is that
+    of a quadratic plan on its support: a heuristic at ties, and wherever the marginals do not hold. Values have second
+    derivatives in the costs. Potentials, quality and averaged plans have no derivative: an error in reverse mode, NaN
+    in forward mode. A plan's derivative is on the CPU only.
 
     Semi-dual and path: Blondel, Seguy and Rolet (2018); Newton: Lorenz, Manns and Meyer (2021), here with the damping
     of Levenberg and Marquardt; rounding: Altschuler, Weed and Rigollet (2017, Algorithm 2). POT: ``ot.smooth``. Near
@@ -114,7 +124,7 @@ def solve(
         ('converged', 0.1667)
     """
     costs, a, b, lengths = _problem(M, a, b, x, y, n_len, m_len)
-    refuse_derivative("solve", M=M, a=a, b=b, x=x, y=y, alpha0=alpha0)
+    refuse_derivative("solve", alpha0=alpha0)
     n, m = costs.size
     check_reg(reg)
     check_max_nz(max_nz)
@@ -128,31 +138,42 @@ def solve(
         check_weights(alpha0, "alpha0", n, costs)
         alpha0 = alpha0.to(torch.float64).expand(a.shape)
     most = 0 if max_nz is None or max_nz >= n else max_nz
+
     known = all(may_look(t) for t in (a, b, *costs.tensors))
     averaged = plan_kind == "averaged" and most > 0
     slots = max(min(n, 4 * most + 16 if known else n) if averaged else most or (min(n, 64) if known else n), 1)
-
-    def run(width: int, start: Tensor | None) -> tuple[Tensor, ...]:
-        return _solve(*costs, a, b, start, *lengths, float(reg), most, float(tol), tol * GAP_TO_TOL, max_iter, width,
-                         averaged)
-
-    alpha, beta, index, weight, report = run(slots, alpha0)
-    if known and report.numel() and (averaged or not most):
-        widest = max(int(report[..., 10].nan_to_num().max()), 1)
-        if widest > slots:  # from its solution it takes an evaluation or two
-            evaluations = report[..., 5]
-            alpha, beta, index, weight, report = run(widest, alpha)
-            report[..., 5] += evaluations
-        else:
-            index, weight = index[..., :widest], weight[..., :widest]
-    value, dual_value, gap, marginal_err, ties, n_iter, status = report[..., :7].unbind(-1)
+    alpha, beta, index, weight, value, dual_value, quality, counts = _solve(
+        *costs, a, b, alpha0, *lengths, float(reg), most, float(tol), max_iter, slots, averaged,
+        known and (averaged or not most))
+    (gap, marginal_err, ties), (n_iter, status) = quality.unbind(-1), counts.unbind(-1)
     return OTResult(SparsePlan(index, weight, (*a.shape[:-1], n, m)), value, dual_value, gap, marginal_err, ties,
-                    Potentials(alpha, beta), n_iter.to(torch.int64), status.to(torch.int64))
+                    Potentials(alpha, beta), n_iter, status)
 
 
 @torch.compiler.allow_in_graph
-def _solve(*args: Any) -> tuple[Tensor, ...]:
-    return raw_solve(*args)
+def _solve(M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: Tensor, alpha0: Tensor | None,
+           n_len: Tensor | None, m_len: Tensor | None, reg: float, max_nz: int, tol: float, max_iter: int, slots: int,
+           averaged: bool, may_widen: bool) -> Numbers:
+    def run(M: Any, x: Any, y: Any, a: Tensor, b: Tensor, alpha0: Any, n_len: Any, m_len: Any) -> Numbers:
+        def numbers(width: int, start: Tensor | None) -> tuple[Tensor, ...]:
+            return raw_solve(M, x, y, a, b, start, n_len, m_len, reg, max_nz, tol, tol * GAP_TO_TOL, max_iter, width,
+                             averaged)
+
+        alpha, beta, index, weight, report = numbers(slots, alpha0)
+        if may_widen and report.numel():
+            widest = max(int(report[..., 10].nan_to_num().max()), 1)
+            if widest > slots:  # from its solution it takes an evaluation or two
+                evaluations = report[..., 5]
+                alpha, beta, index, weight, report = numbers(widest, alpha)
+                report[..., 5] += evaluations
+            else:
+                index, weight = index[..., :widest], weight[..., :widest]
+        return alpha, beta, index, weight, report[..., 0], report[..., 1], report[..., 2:5], report[..., 5:7].long()
+
+    inputs = (M, x, y, a, b, alpha0, n_len, m_len)
+    if needs_derivative(*(t for t in inputs[:5] if t is not None)):
+        return differentiable(run, reg, averaged, *inputs)
+    return run(*inputs)
 
 
 def _problem(M: Tensor | None, a: Tensor | None, b: Tensor | None, x: Tensor | None, y: Tensor | None,
