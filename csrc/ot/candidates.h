@@ -14,7 +14,7 @@ struct Candidate {
   double cost;
 };
 
-GRADOPS_TEAM int32_t list_length(int64_t count, int64_t kept) { return count > 6 * kept + 32 ? kListLong : kListGood; }
+GRADOPS_TEAM int32_t list_length(int64_t count, int64_t kept) { return count > 4 * kept + 32 ? kListLong : kListGood; }
 
 // Nothing is known: every list is stale.
 template <class Team>

@@ -5,56 +5,16 @@
 // entry above low in double is never below it in float.
 #include "ot/column_scan.h"
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
-#include "common/simd.h"
 #include "common/widen.h"
+#include "ot/lane_mask.h"
 
 namespace gradops::GRADOPS_ISA {
 namespace {
 
 constexpr int kTile = 64;
-constexpr int kCollectColumns = 512, kBoundColumns = 128;  // of a pass over the rows; what these need stays near
+constexpr int kCollectColumns = 1024, kBoundColumns = 128;  // of a pass over the rows; what these need stays near
 constexpr int kPointRows = 64, kPointDims = 32;
 constexpr int kGroups = 256, kMostRanks = 128;
-
-// Numbers that are read where they lie are compared as they are; all others are widened to float first.
-template <class C>
-[[gnu::always_inline]] inline Vec<C> load(const C* p) {
-  Vec<C> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
-// One bit per lane: not v < low, so that NaN is seen.
-[[gnu::always_inline]] inline uint64_t not_below(Vec<float> v, Vec<float> low) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)v, (__m512)low, _CMP_NLT_UQ);
-#elif defined(__AVX2__)
-  return unsigned(_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)low, _CMP_NLT_UQ)));
-#elif defined(__SSE2__)
-  return unsigned(_mm_movemask_ps(_mm_cmpnlt_ps((__m128)v, (__m128)low)));
-#else
-  uint64_t bits = 0;
-  for (int l = 0; l < kLanes<float>; ++l) bits |= uint64_t(!(v[l] < low[l])) << l;
-  return bits;
-#endif
-}
-[[gnu::always_inline]] inline uint64_t not_below(Vec<double> v, Vec<double> low) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_pd_mask((__m512d)v, (__m512d)low, _CMP_NLT_UQ);
-#elif defined(__AVX2__)
-  return unsigned(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, (__m256d)low, _CMP_NLT_UQ)));
-#elif defined(__SSE2__)
-  return unsigned(_mm_movemask_pd(_mm_cmpnlt_pd((__m128d)v, (__m128d)low)));
-#else
-  uint64_t bits = 0;
-  for (int l = 0; l < kLanes<double>; ++l) bits |= uint64_t(!(v[l] < low[l])) << l;
-  return bits;
-#endif
-}
 
 // The neighbour of v in float, where v is no float: rounded away from what must not be missed.
 inline float next(float v, bool up) {
@@ -79,7 +39,7 @@ inline void round_down(double v, double& to) { to = v == -__builtin_inf() ? -0x1
 template <class T, class C>
 void distances(const Cost& t, int64_t i, int64_t rows, int64_t j, int64_t columns, C scale, C* out) {
   const T *x = static_cast<const T*>(t.x), *y = static_cast<const T*>(t.y);
-  C turned[kPointDims * kTile];
+  alignas(64) C turned[kPointDims * kTile];
   for (int64_t e = 0; e < rows * kTile; ++e) out[e] = C(0);
   for (int64_t e = 0; e < kPointDims * kTile; ++e) turned[e] = C(0);
   for (int64_t k = 0; k < t.d; k += kPointDims) {
@@ -106,67 +66,133 @@ void distances(const Cost& t, int64_t i, int64_t rows, int64_t j, int64_t column
       out[r * kTile + l] = l < columns ? out[r * kTile + l] * scale : C(__builtin_inf());
 }
 
-// f(i, j, c) for every row i and every tile from column j on: c[0 .. 64) are its costs, +infinity past the end.
-// Distances of points are rounded: up, or down. Of a tile, rows come in order.
-template <class T, class C, class F>
-[[gnu::always_inline]] inline void each_tile(const Cost& t, int64_t begin, int64_t end, bool up, const F& f) {
+// f(i, of_row(i), j, c) for every row i and every tile from column j on: c[0 .. 64) are its costs, +infinity past the
+// end. Distances of points are rounded: up, or down. Of a tile, rows come in order.
+template <class T, class C, class R, class F>
+[[gnu::always_inline]] inline void each_tile(const Cost& t, int64_t begin, int64_t end, bool up, const R& of_row,
+                                             const F& f) {
   if (!t.matrix) {
     const C error = C(t.d + 4) * (sizeof(C) == 8 ? C(0x1p-53) : C(0x1p-24)), scale = up ? 1 + error : 1 - error;
-    C costs[kPointRows * kTile];
+    alignas(64) C costs[kPointRows * kTile];
     for (int64_t j = begin; j < end; j += kTile)
       for (int64_t i = 0; i < t.n; i += kPointRows) {
         const int64_t rows = t.n - i < kPointRows ? t.n - i : kPointRows;
         distances<T, C>(t, i, rows, j, end - j < kTile ? end - j : kTile, scale, costs);
-        for (int64_t r = 0; r < rows; ++r) f(i + r, j, costs + r * kTile);
+        for (int64_t r = 0; r < rows; ++r) f(i + r, of_row(i + r), j, costs + r * kTile);
       }
     return;
   }
   const int64_t whole = begin + (end - begin) / kTile * kTile;
   for (int64_t i = 0; i < t.n; ++i) {
     const T* c = static_cast<const T*>(t.matrix) + i * t.m;
+    const auto row = of_row(i);
     for (int64_t j = begin; j < whole; j += kTile) {
-      for (int64_t b = 0; b < kTile * int64_t(sizeof(T)); b += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(c + 8 * t.m + j) + b);
       if constexpr (std::is_same_v<T, C>) {
-        f(i, j, c + j);
+        f(i, row, j, c + j);
       } else {
-        C wide[kTile];
+        alignas(64) C wide[kTile];
 #pragma omp simd
         for (int l = 0; l < kTile; ++l) wide[l] = widen(c[j + l]);
-        f(i, j, wide);
+        f(i, row, j, wide);
       }
     }
     if (whole == end) continue;
-    C wide[kTile];
+    alignas(64) C wide[kTile];
     for (int l = 0; l < kTile; ++l) wide[l] = whole + l < end ? C(widen(c[whole + l])) : C(__builtin_inf());
-    f(i, whole, wide);
+    f(i, row, whole, wide);
   }
 }
 
+// One bit per column of a tile: not alpha - c < low.
+template <class C>
+[[gnu::always_inline]] inline uint64_t wanted(const C* c, C alpha, const C* low) {
+  uint64_t bits = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) {  // mostly nothing is wanted: find out before bits go to a general register
+    __mmask16 lanes[4];
+    for (int v = 0; v < 4; ++v)
+      lanes[v] = _mm512_cmp_ps_mask((__m512)(alpha - load(c + 16 * v)), (__m512)load(low + 16 * v), _CMP_NLT_UQ);
+    if (_kortestz_mask16_u8(_kor_mask16(lanes[0], lanes[1]), _kor_mask16(lanes[2], lanes[3]))) return 0;
+    for (int v = 0; v < 4; ++v) bits |= uint64_t(lanes[v]) << 16 * v;
+    return bits;
+  }
+#endif
+  for (int v = 0; v < kTile; v += kLanes<C>) bits |= not_below(alpha - load(c + v), load(low + v)) << v;
+  return bits;
+}
+
+inline void append(const ColumnScan& t, int64_t i, int64_t j) {
+  const int64_t at = t.count[j]++, to = j * t.capacity + at;
+  if (at >= t.capacity) return;
+  t.index[to] = int32_t(i);
+  if (t.value) t.value[to] = t.alpha[i] - cost_at(t.cost, i, j);
+}
+// Out of line: it is rare, and its variables would push those of the search out of the registers.
+[[gnu::noinline]] void append_bits(const ColumnScan& t, int64_t i, int64_t j, int64_t end, uint64_t bits) {
+  for (; bits; bits &= bits - 1)
+    if (const int64_t column = j + __builtin_ctzll(bits); column < end) append(t, i, column);
+}
+
+// The wanted columns of one row. Where most tiles have some, a branch for each would be guessed wrong half the time:
+// then all are written down first, without a branch.
+struct RowHits {
+  static constexpr bool kCanList = kVectorBytes == 64;
+  int64_t row = -1, count = 0, listed = 0;
+  bool list = false;
+  alignas(64) int32_t columns[kCollectColumns + 16];
+
+  [[gnu::noinline]] void next(const ColumnScan& t, int64_t i, int64_t begin, int64_t end) {
+    for (int64_t p = 0; p < listed; ++p)
+      if (columns[p] < end) append(t, row, columns[p]);
+    list = kCanList && t.cost.matrix && 2 * (count + listed) > (end - begin) / kTile;
+    row = i;
+    count = listed = 0;
+  }
+  [[gnu::always_inline]] void add(int64_t j, const float* c, float alpha, const float* low) {
+#if defined(__AVX512F__)
+    __m512i lane = _mm512_add_epi32(_mm512_set1_epi32(int(j)),
+                                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    __mmask16 lanes[4];
+    for (int v = 0; v < 4; ++v) lanes[v] = __mmask16(not_below(alpha - load(c + 16 * v), load(low + 16 * v)));
+    int32_t* to = columns + listed;  // a copy: the compiler cannot keep the member in a register
+    for (int v = 0; v < 4; ++v) {
+      _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(lanes[v], lane));
+      to += __builtin_popcount(lanes[v]);
+      lane = _mm512_add_epi32(lane, _mm512_set1_epi32(16));
+    }
+    listed = to - columns;
+#else
+    (void)j, (void)c, (void)alpha, (void)low;
+#endif
+  }
+};
+
 template <class T, class C>
 void collect(const ColumnScan& t, int64_t begin, int64_t end) {
-  C low[kCollectColumns];
+  alignas(64) C low[kCollectColumns];
   for (int64_t j = begin; j < begin + kCollectColumns; ++j) low[j - begin] = C(__builtin_inf());
   for (int64_t j = begin; j < end; ++j) {
     round_down(t.low[j], low[j - begin]);
     t.count[j] = 0;
   }
-  int64_t row = -1;
-  C alpha = 0;
-  each_tile<T, C>(t.cost, begin, end, false, [&](int64_t i, int64_t j, const C* c) {
-    if (i != row) round_up(t.cost.matrix ? t.alpha[i] : t.alpha[i] + 0x1p-120, alpha), row = i;
-    uint64_t bits = 0;
-    for (int v = 0; v < kTile; v += kLanes<C>) bits |= not_below(alpha - load(c + v), load(low + (j - begin) + v)) << v;
-    for (; bits; bits &= bits - 1) {
-      const int l = __builtin_ctzll(bits);
-      if (j + l >= end) break;
-      const int64_t at = t.count[j + l]++;
-      if (at >= t.capacity) continue;
-      const int64_t to = (j + l) * t.capacity + at;
-      t.index[to] = int32_t(i);
-      if (t.value) t.value[to] = t.alpha[i] - (t.cost.matrix ? double(c[l]) : cost_at(t.cost, i, j + l));
-    }
-  });
+  RowHits hits;
+  each_tile<T, C>(
+      t.cost, begin, end, false,
+      [&](int64_t i) {
+        C alpha;
+        round_up(t.cost.matrix ? t.alpha[i] : t.alpha[i] + 0x1p-120, alpha);
+        hits.next(t, i, begin, end);
+        return alpha;
+      },
+      [&](int64_t i, C alpha, int64_t j, const C* c) {
+        if constexpr (sizeof(C) == 4)
+          if (hits.list) return hits.add(j, c, alpha, low + (j - begin));
+        const uint64_t bits = wanted(c, alpha, low + (j - begin));
+        if (!bits) return;
+        hits.count += __builtin_popcountll(bits);
+        append_bits(t, i, j, end, bits);
+      });
+  hits.next(t, -1, begin, end);
 }
 
 // Of every column the largest entries of `groups` sets of rows. The k-th largest of these, and the threshold that they
@@ -175,28 +201,24 @@ template <class T, class C>
 void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64_t begin, int64_t end) {
   const int64_t sought = max_nz < kMostRanks ? 4 * max_nz : t.cost.n / 4;
   const int64_t groups = sought < 64 ? 64 : sought > kGroups ? kGroups : sought;
-  C largest[kGroups * kBoundColumns];
+  alignas(64) C largest[kGroups * kBoundColumns];
   for (int64_t e = 0; e < groups * kBoundColumns; ++e) largest[e] = -C(__builtin_inf());
-  each_tile<T, C>(t.cost, begin, end, true, [&](int64_t i, int64_t j, const C* c) {
-    C* to = largest + i % groups * kBoundColumns + (j - begin);
-    const C alpha = C(t.alpha[i]);
-    for (int v = 0; v < kTile; v += kLanes<C>) {
-      const Vec<C> x = alpha - load(c + v), old = load(to + v), now = x > old ? x : old;
-      __builtin_memcpy(to + v, &now, sizeof now);
-    }
-  });
+  each_tile<T, C>(
+      t.cost, begin, end, true, [&](int64_t i) { return C(t.alpha[i]); },
+      [&](int64_t i, C alpha, int64_t j, const C* c) {
+        C* to = largest + i % groups * kBoundColumns + (j - begin);
+        for (int v = 0; v < kTile; v += kLanes<C>) {
+          const Vec<C> x = alpha - load(c + v), old = load(to + v), now = greater(x, old);
+          __builtin_memcpy(to + v, &now, sizeof now);
+        }
+      });
   const C rounding = sizeof(C) == 8 ? C(0x1p-50) : C(0x1p-21);
   const int64_t ranks = max_nz <= kMostRanks && max_nz <= groups ? max_nz : 1;
   for (int64_t v = 0; v < end - begin; v += kLanes<C>) {
     Vec<C> ranked[kMostRanks], scaled = {};
     for (int64_t r = 0; r < ranks; ++r) ranked[r] = Vec<C>{} - C(__builtin_inf());
     for (int64_t g = 0; g < groups; ++g) {
-      Vec<C> x = load(largest + g * kBoundColumns + v);
-      for (int64_t r = 0; r < ranks; ++r) {
-        const Vec<C> better = x > ranked[r] ? x : ranked[r];
-        x = x > ranked[r] ? ranked[r] : x;
-        ranked[r] = better;
-      }
+      insert<C>(load(largest + g * kBoundColumns + v), ranked, ranks);
     }
     for (int l = 0; l < kLanes<C> && v + l < end - begin; ++l) scaled[l] = C(scaled_mass[begin + v + l]);
     const Vec<C> most = ranked[0];
@@ -209,7 +231,7 @@ void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64
         size += x >= low ? Vec<C>{} + 1 : Vec<C>{};
       }
       const Vec<C> higher = (sum - scaled) / size;
-      low = higher > low ? higher : low;
+      low = greater(higher, low);
     }
     for (int l = 0; l < kLanes<C> && v + l < end - begin; ++l) {
       const double top = double(most[l]), rank = ranks == max_nz ? double(ranked[ranks - 1][l]) : -__builtin_inf();

@@ -32,7 +32,20 @@ struct CpuLanes {  // one lane
     return s;
   }
   template <class F>
-  double above(int64_t count, const F& x, double level, int64_t& number) const {
+  double span(int64_t count, const F& f, double& least, double& most) const {
+    double s = 0, low = __builtin_huge_val(), high = -low;
+#pragma omp simd reduction(+ : s) reduction(min : low) reduction(max : high)
+    for (int64_t k = 0; k < count; ++k) {
+      const double v = f(k);
+      s += v;
+      low = v < low ? v : low;
+      high = v > high ? v : high;
+    }
+    least = low, most = high;
+    return s;
+  }
+  template <class X>
+  double above(int64_t count, const X& x, double level, int64_t& number) const {
     double s = 0, c = 0;  // two doubles share vectors
 #pragma omp simd reduction(+ : s, c)
     for (int64_t k = 0; k < count; ++k) {
@@ -48,7 +61,8 @@ struct CpuLanes {  // one lane
     int64_t place = 0;
     for (int64_t k = 0; k < count; ++k) {
       const auto v = load(k);
-      if (wanted(v)) put(v, place++);
+      put(v, place);  // at most at k: nothing unread is lost, and no branch is guessed
+      place += wanted(v) ? 1 : 0;
     }
     return place;
   }
@@ -98,7 +112,8 @@ class CpuTeam {
     scan_blocks(t, [&](int64_t begin, int64_t end) { GRADOPS_ISA::scan_columns(t, begin, end); });
   }
   void bounds(const ColumnScan& t, const double* scaled, int64_t max_nz) const {
-    scan_blocks(t, [&](int64_t begin, int64_t end) { GRADOPS_ISA::scan_bounds(t, scaled, max_nz, begin, end); });
+    const int64_t most = max_nz > 0 ? max_nz : t.cost.n;
+    scan_blocks(t, [&](int64_t begin, int64_t end) { GRADOPS_ISA::scan_bounds(t, scaled, most, begin, end); });
   }
 
  private:

@@ -34,7 +34,8 @@ GRADOPS_TEAM double threshold(const Lanes& lanes, int64_t count, const X& x, dou
   return tau;
 }
 
-// Threshold and size of column j's support, and whether its list still holds all that matters.
+// Threshold and size of column j's support, and whether its list still holds all that matters. Leaves the candidates'
+// alpha_i - c_ij in the column's weights, for fill.
 template <class Lanes>
 GRADOPS_TEAM void project(const Lanes& lanes, const Transport& t, const TransportState& s, const double* alpha,
                           double reg, const Evaluation& e, int64_t j) {
@@ -44,56 +45,59 @@ GRADOPS_TEAM void project(const Lanes& lanes, const Transport& t, const Transpor
     lanes.once([&] { e.tau[j] = 0, e.count[j] = 0, c.mark[j] = kListGood; });
     return;
   }
-  const auto x = [=](int64_t k) { return alpha[c.index[at + k]] - c.cost[at + k]; };
-  const double bound = c.low[j] + c.rise[c.epoch[j] % kEpochs];  // of what is in no list
+  const int32_t* index = c.index + at;
+  const double *cost = c.cost + at, bound = c.low[j] + c.rise[c.epoch[j] % kEpochs];  // of what is in no list
+  double* x = e.weight + at;
+  lanes.each(count, [=](int64_t k) { x[k] = alpha[index[k]] - cost[k]; });
   if (t.max_nz > 0) {
-    double *weight = e.weight + at, *smallest = s.columns[0] + j;
     int32_t* row = e.support + at;
-    lanes.each(count, [&](int64_t k) { weight[k] = x(k), row[k] = c.index[at + k]; });
+    double* smallest = s.columns[0] + j;
+    lanes.each(count, [=](int64_t k) { row[k] = index[k]; });
     lanes.wait();
     lanes.once([&] {
-      const ProjectedColumn p = project_column(weight, row, count, t.max_nz, reg, t.b[j]);
+      const ProjectedColumn p = project_column(x, row, count, t.max_nz, reg, t.b[j]);
       e.count[j] = int32_t(p.kept), e.tau[j] = p.tau, *smallest = p.smallest;
       c.guess[j] = p.tau > p.smallest ? p.tau : p.smallest;
       c.mark[j] = bound > p.tau && bound >= p.smallest ? kListStale : list_length(count, p.kept);
     });
     return;
   }
+  lanes.wait();
   int64_t number;
-  const double tau = threshold(lanes, count, x, reg * t.b[j], c.guess[j], number);
+  const double tau = threshold(lanes, count, [=](int64_t k) { return x[k]; }, reg * t.b[j], c.guess[j], number);
   lanes.once([&] {
     e.tau[j] = c.guess[j] = tau, e.count[j] = int32_t(number);
     c.mark[j] = bound > tau ? kListStale : list_length(count, number);
   });
 }
 
-// The entries of column j; they sum to b_j.
+// The entries of column j, which sum to b_j, from what project left.
 template <class Lanes>
-GRADOPS_TEAM void fill(const Lanes& lanes, const Transport& t, const TransportState& s, const double* alpha, double reg,
-                       const Evaluation& e, int64_t j) {
-  const Candidates& c = s.lists;
-  const int64_t at = j * t.capacity, count = c.count[j];
+GRADOPS_TEAM void fill(const Lanes& lanes, const Transport& t, const TransportState& s, double reg, const Evaluation& e,
+                       int64_t j) {
+  const int64_t at = j * t.capacity, count = s.lists.count[j];
+  const int32_t* index = s.lists.index + at;
   double* weight = e.weight + at;
   int32_t* row = e.support + at;
   if (!(t.b[j] > 0)) return;
   int64_t kept = e.count[j];
   if (t.max_nz == 0) {
     const double tau = e.tau[j];
-    const auto load = [=](int64_t k) { return Entry{c.index[at + k], alpha[c.index[at + k]] - c.cost[at + k] - tau}; };
-    kept = lanes.keep(
-        count, load, [](Entry v) { return v.x > 0; },
-        [=](Entry v, int64_t place) { row[place] = v.row, weight[place] = v.x / reg; });
-    if (kept == 0 && count > 0) {  // reg * b_j is lost beside the costs: the largest takes it all
+    const auto load = [=](int64_t k) { return Entry{index[k], weight[k] - tau}; };
+    const auto put = [=](Entry v, int64_t place) { row[place] = v.row, weight[place] = v.x; };
+    if (kept > 0) {
+      lanes.keep(count, load, [](Entry v) { return v.x > 0; }, put);
+    } else if (count > 0) {  // reg * b_j is lost beside the costs: the largest takes it all
       const double top = lanes.largest(count, [&](int64_t k) { return load(k).x; });
-      kept = lanes.keep(
-          count, load, [=](Entry v) { return v.x == top; },
-          [=](Entry v, int64_t place) { row[place] = v.row, weight[place] = 1; });
+      kept = lanes.keep(count, load, [=](Entry v) { return v.x == top; }, put);
+      lanes.wait();
+      lanes.each(kept, [=](int64_t k) { weight[k] = 1; });
     }
     lanes.wait();
   }
-  const double scale = t.b[j] / lanes.sum(kept, [&](int64_t k) { return weight[k]; });
-  lanes.each(kept, [&](int64_t k) { weight[k] *= scale; });
-  const double squares = lanes.sum(kept, [&](int64_t k) { return weight[k] * weight[k]; });
+  const double scale = t.b[j] / lanes.sum(kept, [=](int64_t k) { return weight[k]; });
+  lanes.each(kept, [=](int64_t k) { weight[k] *= scale; });
+  const double squares = lanes.sum(kept, [=](int64_t k) { return weight[k] * weight[k]; });
   lanes.once([&] { e.count[j] = int32_t(kept), s.columns[1][j] = e.tau[j] * t.b[j] + .5 * reg * squares; });
 }
 
@@ -129,15 +133,14 @@ GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, co
   const double longs = team.sum(m, [&](int64_t j) { return c.mark[j] == kListLong ? 1. : 0.; });
   if (stale > 0 || longs * 8 > double(m)) {
     if (!refresh(team, t, s, alpha, reg)) return false;
-    if (stale > 0)
-      team.columns(m, work, [&](int64_t j, const auto& lanes) {
-        if (c.mark[j] == kListStale) project(lanes, t, s, alpha, reg, e, j);
-      });
+    team.columns(m, work, [&](int64_t j, const auto& lanes) {  // lists have changed
+      if (c.mark[j] != kListGood) project(lanes, t, s, alpha, reg, e, j);
+    });
   }
   scatter(
       team, t, s,
       [&](int64_t j, const auto& lanes, double* sum) {
-        fill(lanes, t, s, alpha, reg, e, j);
+        fill(lanes, t, s, reg, e, j);
         lanes.wait();
         const double* weight = e.weight + j * t.capacity;
         const int32_t* row = e.support + j * t.capacity;

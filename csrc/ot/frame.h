@@ -13,14 +13,18 @@ GRADOPS_TEAM TransportStatus begin(Team& team, Transport& t, TransportState& s) 
   s.evaluations = s.newton = s.products = 0, s.scanned = 0;
   double *least = s.rows[0], *most = s.rows[1];  // finite costs of a row, among the columns with mass
   double *total = s.rows[2], *finite = s.rows[3], *bad = s.rows[4];
-  team.columns(n, 4 * m, [&](int64_t i, const auto& lanes) {
+  const double empty = team.sum(m, [&](int64_t j) { return t.b[j] > 0 ? 0. : 1.; });
+  team.columns(n, m, [&](int64_t i, const auto& lanes) {
     const auto cost = [&](int64_t j) { return cost_at(t.cost, i, j); };
-    const auto counts = [&](int64_t j) { return t.b[j] > 0 && cost(j) < kInfinity; };
-    const double low = -lanes.largest(m, [&](int64_t j) { return counts(j) ? -cost(j) : -kInfinity; });
-    const double high = lanes.largest(m, [&](int64_t j) { return counts(j) ? cost(j) : -kInfinity; });
-    const double sum = lanes.sum(m, [&](int64_t j) { return counts(j) ? cost(j) : 0.; });
-    const double number = lanes.sum(m, [&](int64_t j) { return counts(j) ? 1. : 0.; });
-    const double wrong = lanes.sum(m, [&](int64_t j) { return cost(j) > -kInfinity ? 0. : 1.; });  // NaN, -infinity
+    double low, high, sum = lanes.span(m, cost, low, high), number = double(m), wrong = 0;
+    if (empty > 0 || !(sum - sum == 0)) {
+      const auto counts = [&](int64_t j) { return t.b[j] > 0 && cost(j) < kInfinity; };
+      wrong = lanes.sum(m, [&](int64_t j) { return cost(j) > -kInfinity ? 0. : 1.; });  // NaN, -infinity
+      low = -lanes.largest(m, [&](int64_t j) { return counts(j) ? -cost(j) : -kInfinity; });
+      high = lanes.largest(m, [&](int64_t j) { return counts(j) ? cost(j) : -kInfinity; });
+      sum = lanes.sum(m, [&](int64_t j) { return counts(j) ? cost(j) : 0.; });
+      number = lanes.sum(m, [&](int64_t j) { return counts(j) ? 1. : 0.; });
+    }
     lanes.once([&] { least[i] = low, most[i] = high, total[i] = sum, finite[i] = number, bad[i] = wrong; });
   });
   const double left = team.sum(n, [&](int64_t i) { return t.a[i]; });
@@ -102,6 +106,7 @@ GRADOPS_TEAM void finish(Team& team, const Transport& t, TransportState& s, cons
     r.dual_value = e.value + s.shift * s.mass;
     r.gap = found.gap;
     r.marginal_err = e.residual / mass;
+    r.ties = 0;
     r.n_iter = double(s.evaluations);
     r.status = double(status);
     r.newton = double(s.newton), r.cg = double(s.products), r.scans = s.scanned / double(m > 0 ? m : 1);

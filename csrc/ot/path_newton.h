@@ -105,7 +105,7 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
   const int64_t n = t.cost.n, m = t.cost.m;
   const NewtonVectors v = newton_vectors(s);
   start_alpha(team, t, s, v.alpha);
-  constexpr double kRatio = 4, kInner = 0.02, kStart = 0.1, kNear = 0.3;
+  constexpr double kRatio = 4, kInner = 0.1, kStart = 0.01, kNear = 0.3;
   bool ready = false;  // s.now is the evaluation at v.alpha and reg
   if (t.alpha0) {      // worth more than a path only if it is near
     team.each(n, [&](int64_t i) { v.next[i] = t.a[i] > 0 ? t.alpha0[i] : kNever; });

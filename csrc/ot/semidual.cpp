@@ -10,20 +10,21 @@
 namespace gradops {
 namespace {
 
-constexpr int64_t kListBytes = 512 << 10;  // of a block of columns: they stay in the second-level cache
+// A block of columns is scanned by one thread; blocks do not depend on the number of threads. Wide ones read long
+// pieces of rows. Of a list, only what is used is touched.
+constexpr int64_t kListBytes = 16 << 20;
 
-// A block of columns is scanned by one thread; blocks do not depend on the number of threads.
 struct Blocks {
   int64_t capacity, columns, count;
   explicit Blocks(const SemidualTask& t) {
-    const int64_t wanted = t.max_nz < t.n ? 4 * t.max_nz + 16 : 1024;
-    capacity = t.n == 0 ? 1 : wanted < t.n ? wanted : t.n;
+    const int64_t wanted = t.max_nz < t.n ? 4 * t.max_nz + 16 : 1024, most = wanted < t.n ? wanted : t.n;
+    capacity = most / 16 * 16 + 24;  // an odd number of cache lines: lists that start alike do not share cache sets
     columns = kListBytes / (12 * capacity) / 64 * 64;
-    columns = columns < 64 ? 64 : columns > 512 ? 512 : columns;
-    if (t.m >= 128 && columns > t.m / 2) columns = (t.m / 2 + 63) / 64 * 64;  // so that two threads share the work
+    columns = columns < 64 ? 64 : columns > kMostColumns ? kMostColumns : columns;
     count = (t.m + columns - 1) / columns;
   }
-  int64_t bytes(int64_t n) const { return 12 * (columns * capacity + n); }
+  int64_t values(int64_t n) const { return 8 * capacity > n ? 8 * capacity : n; }
+  int64_t bytes(int64_t n) const { return 12 * columns * capacity + 8 * values(n) + 4 * n; }
 };
 
 [[noreturn]] void refuse(const char* name, const char* expected, double got, int64_t item, int64_t batch) {
@@ -51,7 +52,7 @@ void cpu::semidual(const SemidualTask& t, void* workspace, void*) {
   parallel_for(0, t.batch * blocks.count, 1,
                [&, kernel = GRADOPS_DISPATCH(semidual_columns)](int64_t from, int64_t to) {
                  double* memory = reinterpret_cast<double*>(thread_scratch(blocks.bytes(t.n)));
-                 double* lists = memory + t.n;
+                 double* lists = memory + blocks.values(t.n);
                  int32_t* rows = reinterpret_cast<int32_t*>(lists + blocks.columns * blocks.capacity);
                  for (int64_t k = from; k < to; ++k) {
                    const int64_t item = k / blocks.count, begin = k % blocks.count * blocks.columns;
@@ -63,7 +64,10 @@ void cpu::semidual(const SemidualTask& t, void* workspace, void*) {
                                                  t.b + at,
                                                  t.reg,
                                                  t.max_nz,
-                                                 t.warm ? t.warm + at * t.warm_width : nullptr,
+                                                 t.warm_index ? t.warm_alpha + item * t.n : nullptr,
+                                                 t.warm_index ? t.warm_index + at * t.warm_width : nullptr,
+                                                 t.warm_index ? t.warm_weight + at * t.warm_width : nullptr,
+                                                 t.warm_index ? t.warm_tau + at : nullptr,
                                                  t.warm_width,
                                                  t.width,
                                                  t.index + at * t.width,

@@ -15,8 +15,11 @@ struct SemidualTask {  // a batch of problems; every array has the batch in fron
   int64_t batch, n, m, d;
   const double *alpha, *a, *b;  // n, n, m
   double reg;
-  int64_t max_nz;       // n for no bound
-  const int64_t* warm;  // (m, warm_width) or null: rows of each column's support at an alpha nearby, ascending
+  int64_t max_nz;  // n for no bound
+  // What an earlier call gave at warm_alpha: columns of warm_width entries, rows ascending; or null.
+  const double* warm_alpha;
+  const int64_t* warm_index;
+  const double *warm_weight, *warm_tau;
   int64_t warm_width;
   double *value, *grad;  // 1, n
   int64_t width;         // of the plan: entries of a column that are stored
@@ -39,16 +42,19 @@ struct SemidualColumns {  // of one item
   const double* b;
   double reg;
   int64_t max_nz;
-  const int64_t* warm;
+  const double* warm_alpha;
+  const int64_t* warm_index;
+  const double *warm_weight, *warm_tau;
   int64_t warm_width, width;
   int64_t* index;
   double *weight, *tau;
   int64_t* kept;
   double* omega;        // m
   double* scaled_mass;  // m
-  double* value;        // n numbers and n rows, for columns that need a second look
+  double* value;        // aligned: 8 * capacity, and n, numbers; n rows: of the columns that are being finished
   int32_t* row;
 };
+constexpr int64_t kMostColumns = 1024;  // of a call
 // The first column with a NaN or an infinite gain, or -1.
 GRADOPS_DECLARE(int64_t, semidual_columns, const SemidualColumns&, int64_t begin, int64_t end)
 

@@ -9,7 +9,8 @@ using Out = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Out semidual(const Tensor& alpha_in, std::optional<Tensor> M_in, std::optional<Tensor> x_in, std::optional<Tensor> y_in,
              const Tensor& a_in, const Tensor& b_in, double reg, int64_t max_nz, int64_t width,
-             std::optional<Tensor> warm_in) {
+             std::optional<Tensor> warm_alpha_in, std::optional<Tensor> warm_index_in,
+             std::optional<Tensor> warm_weight_in, std::optional<Tensor> warm_tau_in) {
   STD_TORCH_CHECK(bool(M_in) != (x_in && y_in), "semidual: either M, or x and y");
   const Scope scope(alpha_in);
   const Tensor alpha = torch::stable::contiguous(alpha_in), a = torch::stable::contiguous(a_in),
@@ -35,7 +36,7 @@ Out semidual(const Tensor& alpha_in, std::optional<Tensor> M_in, std::optional<T
   check(a, n, -1, "semidual: a"), check(b, m, -1, "semidual: b");
   STD_TORCH_CHECK(reg > 0 && max_nz >= 1 && width >= 0 && n <= 0x7fffffff, "semidual: bad reg, max_nz, width or size");
   SemidualTask task{};
-  std::optional<Tensor> M, x, y, warm;
+  std::optional<Tensor> M, x, y, warm_alpha, warm_index, warm_weight, warm_tau;
   if (M_in) {
     M = torch::stable::contiguous(*M_in);
     check(*M, n, m, "semidual: M");
@@ -47,14 +48,22 @@ Out semidual(const Tensor& alpha_in, std::optional<Tensor> M_in, std::optional<T
     STD_TORCH_CHECK(x->scalar_type() == y->scalar_type(), "semidual: x and y must have one dtype");
     task.x = x->const_data_ptr(), task.y = y->const_data_ptr(), task.element = element(*x, "semidual: x");
   }
-  if (warm_in) {
-    warm = torch::stable::contiguous(*warm_in);
-    task.warm_width = warm->size(-1);
-    check(*warm, m, task.warm_width, "semidual: warm");
-    STD_TORCH_CHECK(warm->scalar_type() == ScalarType::Long, "semidual: warm must be int64");
-    task.warm = static_cast<const int64_t*>(warm->const_data_ptr());
-  }
   const auto doubles = [](const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); };
+  if (warm_index_in) {
+    STD_TORCH_CHECK(warm_alpha_in && warm_weight_in && warm_tau_in, "semidual: all of warm, or nothing");
+    warm_alpha = torch::stable::contiguous(*warm_alpha_in), warm_index = torch::stable::contiguous(*warm_index_in),
+    warm_weight = torch::stable::contiguous(*warm_weight_in), warm_tau = torch::stable::contiguous(*warm_tau_in);
+    task.warm_width = warm_index->size(-1);
+    check(*warm_alpha, n, -1, "semidual: warm_alpha"), check(*warm_tau, m, -1, "semidual: warm_tau");
+    check(*warm_index, m, task.warm_width, "semidual: warm_index");
+    check(*warm_weight, m, task.warm_width, "semidual: warm_weight");
+    STD_TORCH_CHECK(warm_index->scalar_type() == ScalarType::Long, "semidual: warm_index must be int64");
+    for (const Tensor& t : {*warm_alpha, *warm_weight, *warm_tau})
+      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, "semidual: warm must be float64");
+    task.warm_alpha = doubles(*warm_alpha), task.warm_weight = doubles(*warm_weight),
+    task.warm_tau = doubles(*warm_tau);
+    task.warm_index = static_cast<const int64_t*>(warm_index->const_data_ptr());
+  }
   const auto sized = [&](std::initializer_list<int64_t> own, ScalarType type) {
     std::vector<int64_t> all = shape;
     all.insert(all.end(), own);
@@ -81,6 +90,7 @@ Out semidual(const Tensor& alpha_in, std::optional<Tensor> M_in, std::optional<T
 GRADOPS_OP(
     semidual,
     "semidual(Tensor alpha, Tensor? M, Tensor? x, Tensor? y, Tensor a, Tensor b, float reg, int max_nz, int width, "
-    "Tensor? warm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+    "Tensor? warm_alpha, Tensor? warm_index, Tensor? warm_weight, Tensor? warm_tau) -> (Tensor, Tensor, Tensor, "
+    "Tensor, Tensor, Tensor)")
 
 }  // namespace gradops

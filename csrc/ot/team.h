@@ -14,6 +14,8 @@
 // Lanes share one column:
 //   lanes.each(count, f)                              f(k)
 //   lanes.sum(count, f), lanes.largest(count, f)      every lane gets it
+//   lanes.span(count, f, least, most) -> double       the sum, the smallest and the largest of f(k); NaN may hide in
+//                                                     the last two
 //   lanes.above(count, x, level, number) -> double    sum of x(k) - level over x(k) > level; number: how many
 //   lanes.keep(count, load, wanted, put) -> int64_t   put(v, place) of the wanted v = load(k), in order; how many. It
 //                                                     may move entries to the front of their own array

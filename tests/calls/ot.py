@@ -19,9 +19,17 @@ def semidual_raw(x):
     n, m = x.shape[-2:]
     batch = x.shape[:-2]
     return (x[..., 0].double(), x, None, None, weights(n).expand(*batch, n), weights(m).expand(*batch, m), 0.7, 3, 3,
-            None)
+            *(None,) * 4)
+
+
+def solve(x):
+    n, m = x.shape[-2:]
+    batch = x.shape[:-2]
+    return (x, None, None, torch.full((*batch, n), 1 / n, dtype=torch.float64),
+            torch.full((*batch, m), 1 / m, dtype=torch.float64), None, None, None, 0.7, 0, 1e-6, 1e-9, 1000, n)
 
 
 CALLS = {
+    "solve": Call(solve, lambda x: ot.solve(x, reg=0.7).value, derivatives=0),
     "semidual": Call(semidual_raw, semidual),
 }

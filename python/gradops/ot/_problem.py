@@ -40,7 +40,7 @@ def check_costs(M: Tensor | None, x: Tensor | None, y: Tensor | None, metric: st
     if (M is None) == (x is None and y is None):
         raise ValueError("the costs must be given either as M or as points x and y")
     for name, t in (("M", M), ("x", x), ("y", y)):
-        if (M is None) == (name != "M"):
+        if (M is None) != (name == "M"):
             check_floating(t, name)
             assert t is not None
             if t.dim() < 2:

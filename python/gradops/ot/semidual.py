@@ -10,7 +10,7 @@ from ._problem import Costs, check_costs, check_max_nz, check_reg, check_weights
 from .sparse_plan import SparsePlan
 
 
-def _fake(alpha, M, x, y, a, b, reg, max_nz, width, warm):
+def _fake(alpha, M, x, y, a, b, reg, max_nz, width, *warm):
     index = b.new_empty(*b.shape, width, dtype=torch.int64)
     return (alpha.new_empty(alpha.shape[:-1]), torch.empty_like(alpha, memory_format=torch.contiguous_format), index,
             index.new_empty(index.shape, dtype=torch.float64),
@@ -31,7 +31,7 @@ def semidual(
     x: Tensor | None = None,
     y: Tensor | None = None,
     metric: str = "sqeuclidean",
-    warm: SparsePlan | None = None,
+    warm: tuple[Tensor, SparsePlan, Tensor] | None = None,
     width: int | None = None,
 ) -> tuple[Tensor, Tensor, SparsePlan, Tensor]:
     r"""The semi-dual objective of optimal transport with few entries per column, its gradient and its plan.
@@ -60,8 +60,8 @@ def semidual(
         x, y: points ``(..., n, d)`` and ``(..., m, d)`` of one dtype, instead of ``M``. Distances are never stored, and
             summed from the differences of coordinates.
         metric: only ``"sqeuclidean"``.
-        warm: the plan of an earlier call at an ``alpha`` nearby, which saves most of the search for thresholds. Any plan
-            of the same shape gives the same result.
+        warm: ``(alpha, plan, tau)`` of an earlier call at an ``alpha`` nearby, which saves the search for thresholds.
+            Whatever is given, the result is the same; if the costs or ``reg`` have changed since, it only takes longer.
         width: slots per column of the plan. Default: ``max_nz``; without one, as many as the widest column needs, or n
             where looking at the numbers would make the device wait or break a graph (CUDA, torch.compile, torch.func).
 
@@ -103,40 +103,49 @@ def semidual(
     if width is not None and width < 1:
         raise ValueError(f"width must be at least 1, or None, got {width}")
     batch = torch.broadcast_shapes(alpha.shape[:-1], a.shape[:-1], b.shape[:-1], costs.batch)
-    rows = None
-    if warm is not None:
-        rows = warm.indices
-        if rows.shape[:-1] != (*batch, m):
-            raise ValueError(f"warm must be a plan of shape {(*batch, n, m)}, got {tuple(warm.shape)}")
+    state = _state(warm, batch, n, m)
     costs = costs.expand(batch)
     alpha, a, b = (t.to(torch.float64).expand(*batch, t.shape[-1]) for t in (alpha, a, b))
     most = n if max_nz is None else min(max_nz, n)
     known = all(may_look(t) for t in (alpha, a, b, *costs.tensors))
     slots = width if width is not None else min(n, 32) if known and most == n else most
 
-    def run(slots: int, rows: Tensor | None) -> tuple[Tensor, ...]:
-        return _evaluate(alpha, *costs, a, b, float(reg), most, slots, rows)
+    def run(slots: int, *state: Tensor | None) -> tuple[Tensor, ...]:
+        return _evaluate(alpha, *costs, a, b, float(reg), most, slots, *state)
 
-    value, grad, index, weight, tau, kept = run(slots, rows)
+    value, grad, index, weight, tau, kept = run(slots, *state)
     if known and slots < most:
         widest = max(int(kept.max()), 1) if kept.numel() else 1
         if width is not None and widest > width:
             raise ValueError(f"width must be at least {widest}, the entries of the plan's fullest column, got {width}")
         if widest > slots:
-            value, grad, index, weight, tau, kept = run(widest, index)
+            value, grad, index, weight, tau, kept = run(widest, alpha, index, weight, tau)
         elif width is None:
             index, weight = index[..., :widest], weight[..., :widest]
     return value, grad, SparsePlan(index, weight, (*batch, n, m)), tau
 
 
+def _state(warm: tuple[Tensor, SparsePlan, Tensor] | None, batch: tuple[int, ...], n: int, m: int
+           ) -> tuple[Tensor | None, ...]:
+    """The tensors of `warm`, which carry no derivative."""
+    if warm is None:
+        return (None,) * 4
+    alpha, plan, tau = warm
+    for name, shape, expected in (("alpha", alpha.shape, (*batch, n)), ("plan", plan.shape, (*batch, n, m)),
+                                  ("tau", tau.shape, (*batch, m))):
+        if tuple(shape) != expected:
+            raise ValueError(f"the {name} of warm must have shape {expected}, got {tuple(shape)}")
+    return alpha.detach().to(torch.float64), plan.indices, plan.values.detach(), tau.detach()
+
+
 @torch.compiler.allow_in_graph
 def _evaluate(alpha: Tensor, M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: Tensor, reg: float,
-              max_nz: int, width: int, warm: Tensor | None) -> tuple[Tensor, ...]:
+              max_nz: int, width: int, *warm: Tensor | None) -> tuple[Tensor, ...]:
     tensors = [t for t in (alpha, M, x, y, a, b) if t is not None]
     if needs_derivative(*tensors):
-        index, kept = _Support.apply(alpha, M, x, y, a, b, reg, max_nz, width, warm)
+        index, kept = _Support.apply(alpha, M, x, y, a, b, reg, max_nz, width, *warm)
         return _on_support(alpha, Costs(M, x, y), a, b, reg, index, kept)
-    return _op(alpha, M, x, y, a, b, reg, max_nz, width, warm)
+    return _op(alpha, M, x, y, a, b, reg, max_nz, width, *warm)
 
 
 class _Support(torch.autograd.Function):
@@ -155,7 +164,7 @@ class _Support(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_):
-        return (None,) * 10
+        return (None,) * 13
 
     @staticmethod
     def jvp(ctx: Any, *_):

@@ -1,11 +1,13 @@
 """Sparse optimal transport, solved and certified."""
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._checks import check_device, check_integers, check_one_of, may_look
 from .._op import refuse_derivative, register
 from ._problem import Costs, check_costs, check_max_nz, check_reg, check_weights
-from .result import STATUS, OTResult, Potentials
+from .result import OTResult, Potentials
 from .sparse_plan import SparsePlan
 
 GAP_TO_TOL = 1e-3  # the value converges faster than the marginals
@@ -22,7 +24,6 @@ def _fake(M, x, y, a, b, alpha0, n_len, m_len, reg, max_nz, tol, gap_tol, max_it
 raw_solve = register("solve", fake=_fake)
 
 
-@torch.compiler.allow_in_graph
 def solve(
     M: Tensor | None,
     a: Tensor | None = None,
@@ -121,7 +122,7 @@ def solve(
     slots = max(most or (min(n, 64) if known else n), 1)
 
     def run(width: int, start: Tensor | None) -> tuple[Tensor, ...]:
-        return raw_solve(*costs, a, b, start, *lengths, float(reg), most, float(tol), tol * GAP_TO_TOL, max_iter, width)
+        return _solve(*costs, a, b, start, *lengths, float(reg), most, float(tol), tol * GAP_TO_TOL, max_iter, width)
 
     alpha, beta, index, weight, report = run(slots, alpha0)
     if known and report.numel() and not most:
@@ -135,6 +136,11 @@ def solve(
     value, dual_value, gap, marginal_err, ties, n_iter, status = report[..., :7].unbind(-1)
     return OTResult(SparsePlan(index, weight, (*a.shape[:-1], n, m)), value, dual_value, gap, marginal_err, ties,
                     Potentials(alpha, beta), n_iter.to(torch.int64), status.to(torch.int64))
+
+
+@torch.compiler.allow_in_graph
+def _solve(*args: Any) -> tuple[Tensor, ...]:
+    return raw_solve(*args)
 
 
 def _problem(M: Tensor | None, a: Tensor | None, b: Tensor | None, x: Tensor | None, y: Tensor | None,

@@ -2,7 +2,8 @@
 from .entropic import entropic
 from .projection import sparse_simplex_projection
 from .semidual import semidual
+from .solve import solve
 
 __all__ = [
-    "entropic", "semidual", "sparse_simplex_projection",
+    "entropic", "semidual", "solve", "sparse_simplex_projection",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ def costs_of(M: Tensor | None, x: Tensor | None, y: Tensor | None) -> Tensor:
 
 def semidual(alpha: Tensor, M: Tensor | None, a: Tensor, b: Tensor, reg: float, max_nz: int | None = None, *,
              x: Tensor | None = None, y: Tensor | None = None, metric: str = "sqeuclidean",
-             warm: SparsePlan | None = None, width: int | None = None) -> tuple[Tensor, Tensor, SparsePlan, Tensor]:
+             warm: tuple[Tensor, SparsePlan, Tensor] | None = None, width: int | None = None) -> tuple[Tensor, Tensor, SparsePlan, Tensor]:
     """See `gradops.ot.semidual`; `warm` and `width` change nothing, every column has min(max_nz, n) slots."""
     gains = (alpha[..., :, None] - costs_of(M, x, y)).mT
     scaled, indices, tau = sparse_simplex_projection(gains, max_nz, reg * b)

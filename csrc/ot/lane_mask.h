@@ -1,0 +1,96 @@
+// lane_mask.h: lanes of a comparison as bits. For *.kernel.cpp only: everything is local to the file that includes it.
+#pragma once
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "common/simd.h"
+
+namespace gradops {
+namespace {
+
+// One bit per lane: not v < low, so that NaN is seen.
+[[gnu::always_inline]] inline uint64_t not_below(Vec<float> v, Vec<float> low) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, (__m512)low, _CMP_NLT_UQ);
+#elif defined(__AVX2__)
+  return unsigned(_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)low, _CMP_NLT_UQ)));
+#elif defined(__SSE2__)
+  return unsigned(_mm_movemask_ps(_mm_cmpnlt_ps((__m128)v, (__m128)low)));
+#else
+  uint64_t bits = 0;
+  for (int l = 0; l < kLanes<float>; ++l) bits |= uint64_t(!(v[l] < low[l])) << l;
+  return bits;
+#endif
+}
+[[gnu::always_inline]] inline uint64_t not_below(Vec<double> v, Vec<double> low) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask((__m512d)v, (__m512d)low, _CMP_NLT_UQ);
+#elif defined(__AVX2__)
+  return unsigned(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, (__m256d)low, _CMP_NLT_UQ)));
+#elif defined(__SSE2__)
+  return unsigned(_mm_movemask_pd(_mm_cmpnlt_pd((__m128d)v, (__m128d)low)));
+#else
+  uint64_t bits = 0;
+  for (int l = 0; l < kLanes<double>; ++l) bits |= uint64_t(!(v[l] < low[l])) << l;
+  return bits;
+#endif
+}
+
+// a > b ? a : b and a < b ? a : b, which gcc does not make one instruction of: b where one is NaN.
+[[gnu::always_inline]] inline Vec<float> greater(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+[[gnu::always_inline]] inline Vec<float> lesser(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+[[gnu::always_inline]] inline Vec<double> greater(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+[[gnu::always_inline]] inline Vec<double> lesser(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_min_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// x into the largest numbers so far of every lane, in falling order.
+template <class C>
+[[gnu::always_inline]] inline void insert(Vec<C> x, Vec<C>* top, int64_t ranks) {
+  for (int64_t r = 0; r < ranks; ++r) {
+    const Vec<C> more = greater(x, top[r]);
+    x = lesser(x, top[r]);
+    top[r] = more;
+  }
+}
+
+template <class C>
+[[gnu::always_inline]] inline Vec<C> load(const C* p) {  // from anywhere
+  Vec<C> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+}  // namespace
+}  // namespace gradops
