@@ -181,5 +181,5 @@ def _inside(weights: Tensor, size: int, length: Tensor | None) -> Tensor:
 
 def _uniform(like: Tensor, size: int, length: Tensor | None, total: Tensor | float) -> Tensor:
     ones = torch.ones(size, dtype=torch.float64, device=like.device)
-    count = size if length is None else length[..., None].to(torch.float64)
+    count = max(size, 1) if length is None else length[..., None].to(torch.float64)
     return _inside(ones, size, length) * (total / count)
