@@ -314,7 +314,9 @@ __global__ void __launch_bounds__(kThreads) entropic_step(const Arrays p, bool i
   if (threadIdx.x != 0) return;
   const bool bad = !(error < kInf && columns < kInf);
   if (bad) {
-    state.status = int(error != error || columns != columns ? EntropicStatus::invalid : EntropicStatus::infeasible);
+    // A row without a pair spoils the column sums, too.
+    const bool infeasible = error == kInf || (error < kInf && columns == kInf);
+    state.status = int(infeasible ? EntropicStatus::infeasible : EntropicStatus::invalid);
     state.running = false;
   }
   if (initial) state.in_double = false;

@@ -36,7 +36,7 @@ def test_matches_the_plain_twin(backend, n, m, dtype, points):
     a, b = weights(n).to(device), weights(m, seed=2).to(device)
     alpha, beta, report = call(ops, left, right, a, b)
     costs = distances(left.double(), right.double()) if points else left.double()
-    want_alpha, want_beta, dual, error, _ = reference.entropic(costs, a, b, reg=0.1, tol=1e-12)
+    want_alpha, want_beta, dual, *_ = reference.entropic(costs, a, b, reg=0.1, tol=1e-12)
     assert report[4] == 0 and report[2] <= 1e-10
     # Near the optimum the dual value is flat: its error is the square of the potentials'.
     assert abs(report[0] - dual) < 1e-12
@@ -179,16 +179,12 @@ def test_shifted_and_scaled_costs(reg):
     assert base.status == shifted.status == scaled.status == "converged"
 
 
-@pytest.mark.parametrize("reg", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("reg", [0.1, 0.01, 0.003])
 def test_stretched_steps_take_fewer_iterations(reg):
-    x, y = random(100, 2), random(120, 2, seed=1)
-    result = entropic(x=x.float(), y=y.float(), reg=reg, max_iter=20000)
-    costs = distances(x.float().double(), y.float().double())
-    a, b = torch.full((100,), 0.01).double(), torch.full((120,), 1 / 120).double()
-    plain = reference.entropic(costs, a, b, reg=reg, max_iter=500 if reg < 0.01 else 2000)[-1]
-    assert result.status == "converged" and result.n_iter <= plain + 5
-    if reg < 0.1:
-        assert result.n_iter < plain / 2
+    costs, a, b = random(30, 40), torch.full((30,), 1 / 30).double(), torch.full((40,), 1 / 40).double()
+    result = entropic(costs, reg=reg, max_iter=20000)
+    plain = reference.entropic(costs, a, b, reg=reg, max_iter=600)[-1]
+    assert result.status == "converged" and result.n_iter <= (20 if reg == 0.1 else plain / 3)
 
 
 def test_the_number_of_threads_changes_nothing():
@@ -206,7 +202,7 @@ def test_the_number_of_threads_changes_nothing():
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 3, 4), (2, 0, 0)])
 def test_empty(shape):
-    result = entropic(torch.ones(shape))
+    result = entropic(torch.ones(shape), torch.full(shape[-2:-1], 1.0 if shape[-1] else 0.0))
     assert result.value.shape == shape[:-2] and result.plan.to_dense().shape == shape
 
 
@@ -231,13 +227,13 @@ def test_gradients():
     def value(costs, s, t):
         return entropic(costs, s.softmax(-1), t.softmax(-1), reg=0.3, tol=1e-13).value
 
-    costs, s, t = (r.requires_grad_() for r in (random(2, 4, 5), random(2, 4, seed=2), random(5, seed=3)))
+    costs, s, t = (r.requires_grad_() for r in (random(2, 3, 2), random(2, 3, seed=2), random(2, seed=3)))
     assert torch.autograd.gradcheck(value, (costs, s, t), check_forward_ad=True, check_batched_grad=True)
 
     def of_points(x, y):
         return entropic(x=x, y=y, reg=0.3, tol=1e-13).value
 
-    x, y = random(4, 3).requires_grad_(), random(5, 3, seed=1).requires_grad_()
+    x, y = random(3, 2).requires_grad_(), random(4, 2, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(of_points, (x, y), check_forward_ad=True)
     grad, = torch.autograd.grad(of_points(x, y), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
