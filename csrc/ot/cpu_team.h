@@ -1,5 +1,9 @@
 // cpu_team.h: the team of one transport problem on the CPU (ot/team.h). For *.kernel.cpp: local to the includer.
 #pragma once
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
+
 #include "common/parallel.h"
 #include "ot/column_scan.h"
 #include "ot/cpu_pieces.h"
@@ -16,6 +20,12 @@ struct CpuLanes {  // one lane
   }
   template <class F>
   double sum(int64_t count, const F& f) const {
+    if (count < 24) {  // most columns of a plan: too short for vectors of gathered numbers
+      double even = 0, odd = 0;
+      int64_t k = 0;
+      for (; k + 2 <= count; k += 2) even += f(k), odd += f(k + 1);
+      return k < count ? even + odd + f(k) : even + odd;
+    }
     double s = 0;
 #pragma omp simd reduction(+ : s)
     for (int64_t k = 0; k < count; ++k) s += f(k);
@@ -73,6 +83,26 @@ struct CpuLanes {  // one lane
   void wait() const {}
 };
 
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+// ot/evaluate.h has it for any lanes; this one packs eight entries at a time.
+inline int64_t keep_above(const CpuLanes&, int64_t count, const int32_t* index, double* x, double level, int32_t* row) {
+  const __m512d floor = _mm512_set1_pd(level);
+  int64_t place = 0;
+  for (int64_t k = 0; k < count; k += 8) {
+    const __mmask8 there = k + 8 <= count ? 0xff : __mmask8((1 << (count - k)) - 1);
+    const __m512d v = _mm512_sub_pd(_mm512_maskz_loadu_pd(there, x + k), floor);
+    const __mmask8 wanted = _mm512_mask_cmp_pd_mask(there, v, _mm512_setzero_pd(), _CMP_GT_OQ);
+    const int number = __builtin_popcount(wanted);
+    const __mmask8 to = __mmask8((1 << number) - 1);
+    _mm512_mask_storeu_pd(x + place, to, _mm512_maskz_compress_pd(wanted, v));
+    _mm256_mask_storeu_epi32(row + place, to,
+                             _mm256_maskz_compress_epi32(wanted, _mm256_maskz_loadu_epi32(there, index + k)));
+    place += number;
+  }
+  return place;
+}
+#endif
+
 // Threads only share what is independent item by item (each, columns) or a fixed piece (scans, scattered sums), so no
 // bit depends on their number. Sums over the vectors of a problem are short: one thread.
 class CpuTeam {
@@ -118,12 +148,18 @@ class CpuTeam {
 
  private:
   static constexpr int64_t kShare = 1 << 15;  // numbers that are worth a thread's while
+  // One compiled body, with or without threads: another copy of it might be vectorized into another order of sums.
+  template <class F>
+  [[gnu::noipa]] static void range(int64_t begin, int64_t end, void* f) {
+    (*static_cast<const F*>(f))(begin, end);
+  }
   template <class F>
   void share(int64_t count, int64_t work, const F& f) const {
+    void* context = const_cast<F*>(&f);
     if (threads_)
-      parallel_for(0, count, (kShare + work - 1) / (work > 0 ? work : 1), f);
+      run_parallel(0, count, (kShare + work - 1) / (work > 0 ? work : 1), range<F>, context);
     else if (count > 0)
-      f(0, count);
+      range<F>(0, count, context);
   }
   // Blocks of columns in which a candidate is wanted; rows of a block are whole cache lines.
   template <class F>

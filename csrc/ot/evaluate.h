@@ -12,6 +12,15 @@ struct Entry {
   double x;
 };
 
+// Moves the x(k) > level, less level, to the front of x and their rows to `row`, in order; how many.
+template <class Lanes>
+GRADOPS_TEAM int64_t keep_above(const Lanes& lanes, int64_t count, const int32_t* index, double* x, double level,
+                                int32_t* row) {
+  return lanes.keep(
+      count, [=](int64_t k) { return Entry{index[k], x[k] - level}; }, [](Entry v) { return v.x > 0; },
+      [=](Entry v, int64_t place) { row[place] = v.row, x[place] = v.x; });
+}
+
 // tau with sum_k (x(k) - tau)_+ = scaled, by Newton on a convex piecewise linear function: after one step it only
 // rises, and it ends on the exact set. number: how many are above.
 template <class Lanes, class X>
@@ -86,7 +95,7 @@ GRADOPS_TEAM void fill(const Lanes& lanes, const Transport& t, const TransportSt
     const auto load = [=](int64_t k) { return Entry{index[k], weight[k] - tau}; };
     const auto put = [=](Entry v, int64_t place) { row[place] = v.row, weight[place] = v.x; };
     if (kept > 0) {
-      lanes.keep(count, load, [](Entry v) { return v.x > 0; }, put);
+      keep_above(lanes, count, index, weight, tau, row);
     } else if (count > 0) {  // reg * b_j is lost beside the costs: the largest takes it all
       const double top = lanes.largest(count, [&](int64_t k) { return load(k).x; });
       kept = lanes.keep(count, load, [=](Entry v) { return v.x == top; }, put);

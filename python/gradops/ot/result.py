@@ -20,17 +20,17 @@ class Potentials(NamedTuple):
 
 @dataclass(frozen=True)
 class OTResult:
-    """The solution of a batch of transport problems, and what is known of its quality. All numbers are float64.
+    r"""The solution of a batch of transport problems, and what is known of its quality. All numbers are float64.
 
     Attributes:
         plan: `SparsePlan` of shape ``(..., n, m)``. Its columns sum to ``b`` to a few units in the last place, its rows
             to ``a`` up to ``marginal_err``.
-        value: ``(...)``, :math:`\\langle R, M\\rangle + \\gamma/2\\,\\|R\\|^2` of the plan rounded onto both marginals: no
-            less than the optimum.
+        value: ``(...)``, :math:`\langle R, M\rangle + \gamma/2\,\|R\|^2` of the plan rounded onto both marginals:
+            no less than the optimum.
         dual_value: ``(...)``, the dual objective: no more than the optimum, up to rounding.
         gap: ``(...)``, ``value - dual_value`` relative to the value with costs counted from their minimum, so that
             neither scaling nor shifting the costs changes it.
-        marginal_err: ``(...)``, :math:`\\|T\\mathbf{1} - a\\|_1 / \\|a\\|_1`.
+        marginal_err: ``(...)``, :math:`\|T\mathbf{1} - a\|_1 / \|a\|_1`.
         ties: ``(...)``, columns in which the choice of the ``max_nz`` largest was a tie; 0 without ``max_nz``.
         potentials: ``alpha (..., n)``, whose mean is 0, and ``beta (..., m)``.
         n_iter: ``(...)``, int64, evaluations of the dual.

@@ -49,18 +49,18 @@ def solve(
     with :math:`\gamma` = ``reg``, and with ``max_nz`` at most that many entries in every column of T. Plans are sparse:
     the smaller ``reg``, the sparser.
 
-    Without ``max_nz`` the semi-dual is maximised by damped semismooth Newton steps, whose linear systems are Laplacians of
-    the plan's sparse graph, along a path of falling ``reg``. It says ``"converged"`` only if the marginals hold to
+    Without ``max_nz`` the semi-dual is maximised by damped semismooth Newton steps, whose linear systems are Laplacians
+    of the plan's sparse graph, along a path of falling ``reg``. It says ``"converged"`` only if the marginals hold to
     ``tol`` and a plan rounded onto both marginals proves the value to ``tol / 1000``.
 
-    Costs may have any scale and any offset: every test is free of both. All arithmetic that decides is float64, whatever
-    the costs' dtype; costs themselves are taken as they are, exactly.
+    Costs may have any scale and any offset: every test is free of both. All arithmetic that decides is float64,
+    whatever the costs' dtype; costs themselves are taken as they are, exactly.
 
     Args:
         M: ``(..., n, m)``, costs; float64, float32, bfloat16 or float16. ``+inf`` where nothing may be moved. None: the
             costs are the squared distances of ``x`` and ``y``, never stored.
-        a, b: ``(..., n)`` and ``(..., m)``, weights of rows and columns, not negative. Sums must agree to 1e-5; ``b`` is
-            scaled to the sum of ``a``. Rows and columns without weight leave the problem. Default: uniform, with the
+        a, b: ``(..., n)`` and ``(..., m)``, weights of rows and columns, not negative. Sums must agree to 1e-5; ``b``
+            is scaled to the sum of ``a``. Rows and columns without weight leave the problem. Default: uniform, with the
             sum of the other, or 1.
         reg: weight of the quadratic term, positive.
         max_nz: the most entries of a column; None or any number from n on: no bound.
@@ -79,17 +79,17 @@ def solve(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes do not fit; ``reg``, ``tol``, ``max_nz`` or ``max_iter`` is out of range; on CPU also: a weight
-            is negative or not finite, sums of weights differ, costs hold NaN or ``-inf``, a length is out of range. On
-            CUDA those problems are ``"invalid"`` and NaN instead.
+        ValueError: shapes do not fit; ``reg``, ``tol``, ``max_nz`` or ``max_iter`` is out of range; on CPU also: a
+            weight is negative or not finite, sums of weights differ, costs hold NaN or ``-inf``, a length is out of
+            range. On CUDA those problems are ``"invalid"`` and NaN instead.
 
-    A masked problem (``+inf`` costs) is found infeasible if a row or a column with mass has no finite cost. Other kinds of
-    infeasibility are not detected as such: they end as ``"stalled"`` or ``"iteration_limit"``.
+    A masked problem (``+inf`` costs) is found infeasible if a row or a column with mass has no finite cost. Other kinds
+    of infeasibility are not detected as such: they end as ``"stalled"`` or ``"iteration_limit"``.
 
-    Semi-dual and path: Blondel, Seguy and Rolet (2018); Newton: Lorenz, Manns and Meyer (2021), here with Levenberg's and
-    Marquardt's damping; rounding: Altschuler, Weed and Rigollet (2017, Algorithm 2). POT: ``ot.smooth``. Near the
-    solution an iteration takes time in the order of the plan's entries; the costs are read again only for columns whose
-    candidates may have changed.
+    Semi-dual and path: Blondel, Seguy and Rolet (2018); Newton: Lorenz, Manns and Meyer (2021), here with the damping
+    of Levenberg and Marquardt; rounding: Altschuler, Weed and Rigollet (2017, Algorithm 2). POT: ``ot.smooth``. Near
+    the solution an iteration takes time in the order of the plan's entries; the costs are read again only for columns
+    whose candidates may have changed.
 
     Example:
         >>> import torch
@@ -103,8 +103,8 @@ def solve(
         >>> result.status, round(float(result.value), 4)
         ('converged', 0.1667)
     """
-    refuse_derivative("solve", M=M, a=a, b=b, x=x, y=y, alpha0=alpha0)
     costs, a, b, lengths = _problem(M, a, b, x, y, n_len, m_len)
+    refuse_derivative("solve", M=M, a=a, b=b, x=x, y=y, alpha0=alpha0)
     n, m = costs.size
     check_reg(reg)
     check_max_nz(max_nz)
@@ -161,15 +161,15 @@ def _problem(M: Tensor | None, a: Tensor | None, b: Tensor | None, x: Tensor | N
             check_device(t, name, like, "the costs")
             shapes.append(t.shape)
     batch = torch.broadcast_shapes(*shapes)
-    lengths = tuple(None if t is None else t.to(torch.int64).expand(batch) for t in (n_len, m_len))
+    rows, columns = (None if t is None else t.to(torch.int64).expand(batch) for t in (n_len, m_len))
     if a is None:
-        a = _uniform(like, n, lengths[0], 1.0)
+        a = _uniform(like, n, rows, 1.0)
         if b is not None:
-            a = a * _inside(b.to(torch.float64), m, lengths[1]).sum(-1, keepdim=True)
+            a = a * _inside(b.to(torch.float64), m, columns).sum(-1, keepdim=True)
     if b is None:
-        b = _uniform(like, m, lengths[1], _inside(a.to(torch.float64), n, lengths[0]).sum(-1, keepdim=True))
+        b = _uniform(like, m, columns, _inside(a.to(torch.float64), n, rows).sum(-1, keepdim=True))
     a, b = (t.to(torch.float64).expand(*batch, t.shape[-1]) for t in (a, b))
-    return costs.expand(batch), a, b, lengths
+    return costs.expand(batch), a, b, (rows, columns)
 
 
 def _inside(weights: Tensor, size: int, length: Tensor | None) -> Tensor:

@@ -1,0 +1,59 @@
+"""solve without max_nz against POT's semi-dual solver, both to their own stops, and batches against loops."""
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradops import ot
+
+from ..harness import Case, Settings
+
+
+def points(n: int, settings: Settings, batch: tuple[int, ...] = ()) -> Tensor:
+    """Squared distances of Gaussian points in the plane, divided by their maximum."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(*batch, n, 2, generator=g, dtype=torch.float64) for _ in range(2))
+    M = (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
+    return (M / M.amax((-2, -1), keepdim=True)).float().to(settings.device)
+
+
+def row_error(plan: Any) -> float:
+    """What the rows of a plan with uniform weights lack, relative to the mass."""
+    T = plan.plan.to_dense().cpu() if isinstance(plan, ot.OTResult) else torch.as_tensor(plan)
+    return float((T.sum(-1) - 1 / T.shape[-2]).abs().sum(-1).max())
+
+
+def pot(M: Tensor, reg: float) -> dict[str, Callable[[], Any]]:
+    try:
+        from ot.smooth import smooth_ot_semi_dual
+    except ImportError:
+        return {}
+    C, uniform = M.double().cpu().numpy(), torch.full((len(M),), 1 / len(M), dtype=torch.float64).numpy()
+
+    def run() -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints
+            return smooth_ot_semi_dual(uniform, uniform, C, reg)
+
+    return {"POT": run}
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    for n, reg in ((256, 10.0), (256, 1.0), (256, 0.1), (256, 0.01), (1024, 10.0), (1024, 1.0)):
+        if settings.quick and n > 256:
+            continue
+        M = points(n, settings)
+        yield Case("solve", f"{n}x{n}", torch.float32, variant=f"reg {reg:g}",
+                   ours=lambda M=M, r=reg: ot.solve(M, reg=r),
+                   peers=pot(M, reg) if reg >= 0.1 else {}, error=row_error, bytes=4.0 * n * n, reads=True)  # fmt: skip
+    count, n = (8, 64) if settings.quick else (64, 128)
+    many = points(n, settings, (count,))
+    yield Case("solve", f"{count}x{n}x{n}", torch.float32, variant="reg 1, against a loop of calls",
+               ours=lambda: ot.solve(many), reference=lambda: [ot.solve(M) for M in many],
+               bytes=4.0 * many.numel(), reads=True)  # fmt: skip
+    if not settings.quick:
+        large = points(2048, settings)
+        yield Case("solve", "2048x2048", torch.float32, variant="reg 1", ours=lambda: ot.solve(large), error=row_error,
+                   bytes=4.0 * large.numel(), reads=True)  # fmt: skip
