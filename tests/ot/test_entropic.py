@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradops.ot import DensePlan, entropic, reference
+from gradops.ot.reference.entropic import _rounded as rounded
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -36,13 +37,12 @@ def test_matches_the_plain_twin(backend, n, m, dtype, points):
     a, b = weights(n).to(device), weights(m, seed=2).to(device)
     alpha, beta, report = call(ops, left, right, a, b)
     costs = distances(left.double(), right.double()) if points else left.double()
-    want_alpha, want_beta, dual, *_ = reference.entropic(costs, a, b, reg=0.1, tol=1e-12)
+    want = reference.entropic(costs, a, b, reg=0.1, tol=1e-12)
     assert report[4] == 0 and report[2] <= 1e-10
     # Near the optimum the dual value is flat: its error is the square of the potentials'.
-    assert abs(report[0] - dual) < 1e-12
+    assert abs(report[0] - want.dual_value) < 1e-12
     plan = DensePlan(left, right, alpha, beta, 0.1).to_dense()
-    want = ((want_alpha.unsqueeze(-1) + want_beta - costs) / 0.1).exp()
-    torch.testing.assert_close(plan, want, atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(plan, want.plan.to_dense(), atol=1e-9, rtol=1e-7)
     assert abs(alpha.mean()) < 1e-12
 
 
@@ -53,14 +53,6 @@ def test_pot_has_the_same_plan(reg):
     want = pot.bregman.sinkhorn_log(a.numpy(), b.numpy(), costs.numpy(), reg, numItermax=20000, stopThr=1e-13)
     got = entropic(costs, a, b, reg=reg, tol=1e-12, max_iter=20000).plan.to_dense()
     np.testing.assert_allclose(got.numpy(), want, atol=1e-11)
-
-
-def rounded(t, a, b):
-    """Altschuler, Weed and Rigollet's Algorithm 2."""
-    t = t * (a / t.sum(-1)).clamp(max=1).unsqueeze(-1)
-    t = t * (b / t.sum(-2)).clamp(max=1)
-    rows, columns = a - t.sum(-1), b - t.sum(-2)
-    return t + rows.unsqueeze(-1) * columns / rows.sum()
 
 
 @pytest.mark.parametrize("max_iter", [1, 3, 30])
@@ -76,7 +68,7 @@ def test_the_certificate_holds(backend, max_iter):
     r = rounded(t, a, b)
     primal = (r * costs).sum() + 0.03 * (r * (r.log() - 1)).sum()
     torch.testing.assert_close(report[0] + 0.03 * report[1], primal, rtol=1e-10, atol=1e-13)
-    best = reference.entropic(costs, a, b, reg=0.03, tol=1e-13, max_iter=3000)[2]
+    best = reference.entropic(costs, a, b, reg=0.03, tol=1e-13, max_iter=3000).dual_value
     assert report[0] <= best + 1e-13 and best <= primal + 1e-13
 
 
@@ -179,11 +171,20 @@ def test_shifted_and_scaled_costs(reg):
     assert base.status == shifted.status == scaled.status == "converged"
 
 
+def test_the_public_function_and_its_twin_agree():
+    x, y = random(2, 9, 3), random(2, 7, 3, seed=1)
+    for options in ({}, {"n_len": torch.tensor([9, 5]), "m_len": torch.tensor([4, 7])}):
+        got, want = (f(x=x, y=y, reg=0.1, tol=1e-12, **options) for f in (entropic, reference.entropic))
+        torch.testing.assert_close(got.value, want.value, atol=1e-12, rtol=0)
+        torch.testing.assert_close(got.plan.to_dense(), want.plan.to_dense(), atol=1e-11, rtol=0)
+        assert got.status == want.status == ["converged", "converged"]
+
+
 @pytest.mark.parametrize("reg", [0.1, 0.01, 0.003])
 def test_stretched_steps_take_fewer_iterations(reg):
     costs, a, b = random(30, 40), torch.full((30,), 1 / 30).double(), torch.full((40,), 1 / 40).double()
     result = entropic(costs, reg=reg, max_iter=20000)
-    plain = reference.entropic(costs, a, b, reg=reg, max_iter=600)[-1]
+    plain = reference.entropic(costs, a, b, reg=reg, max_iter=600).n_iter
     assert result.status == "converged" and result.n_iter <= (20 if reg == 0.1 else plain / 3)
 
 
