@@ -160,11 +160,11 @@ class Solver {
   double least() const { return mass_ * (pass_.in_double ? 1e-200 : 1e-25); }
 
   void start() {
+    use(false);
     for (int64_t i = 0; i < item_.rows; ++i)
       item_.f[i] = item_.a[i] == 0 ? -kInfinity : alpha0_ ? alpha0_[i] * item_.scale : kNan;
     for (int64_t j = 0; j < item_.columns; ++j) item_.g[j] = item_.b[j] == 0 ? -kInfinity : 0, memory_.sums[j] = -1;
     if (alpha0_) mend_columns();
-    use(false);
   }
 
   int64_t iterate() {

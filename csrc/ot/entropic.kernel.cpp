@@ -159,7 +159,14 @@ EntropicOutcome pass(const EntropicPass& p, int64_t begin, int64_t end, void* sc
   EntropicOutcome out{0, 0, false};
   for (int64_t j = 0; j < m; ++j) sums[j] = 0;
   for (int64_t first = begin; first < end; first += kEntropicGroup) {
-    double weight[kEntropicGroup] = {};
+    // Logarithms for the whole group at once: one after the other they would take longer than a short row.
+    double weight[kEntropicGroup] = {}, log_a[kEntropicGroup], total[kEntropicGroup], omega[kEntropicGroup];
+    for (int64_t r = 0; r < kEntropicGroup; ++r) {
+      log_a[r] = first + r < end && item.a[first + r] > 0 ? item.a[first + r] : 1;
+      total[r] = 1, omega[r] = p.omega;
+    }
+#pragma omp simd
+    for (int64_t r = 0; r < kEntropicGroup; ++r) log_a[r] = log2_of(log_a[r]);
     for (int64_t r = 0; r < kEntropicGroup; ++r) {
       const int64_t i = first + r;
       Real* row = t + r * stride;
@@ -168,11 +175,9 @@ EntropicOutcome pass(const EntropicPass& p, int64_t begin, int64_t end, void* sc
         for (int64_t j = 0; j < m; ++j) row[j] = 0;
         continue;
       }
-      const double log_a = log2_of(item.a[i]);
       const Real* c = costs<Real>(item, i, 0, m, buffer);
-      double shift = item.f[i] - log_a, sum = powers(Exponents<Real>(p, c, shift), m, row);
+      double shift = item.f[i] - log_a[r], sum = powers(Exponents<Real>(p, c, shift), m, row);
       const double before = sum;
-      double omega = p.omega;
       if (!(finite(shift) && sum > 1e-18 && sum < 1e18)) {
         shift = -largest(Exponents<Real>(p, c, 0.), m);
         if (!finite(shift)) {
@@ -181,15 +186,24 @@ EntropicOutcome pass(const EntropicPass& p, int64_t begin, int64_t end, void* sc
           continue;
         }
         sum = powers(Exponents<Real>(p, c, shift), m, row);
-        omega = 1;
+        omega[r] = 1;
         out.error += 2 * item.a[i];  // at most: the former potential was no estimate
       } else {
         out.error += item.a[i] * __builtin_fabs(before - 1);
       }
-      const double step = -omega * log2_of(sum);
-      item.f[i] = shift + step + log_a;
-      weight[r] = item.a[i] * (omega == 1 ? 1 / sum : exp2_of(step));
-      out.span = __builtin_fabs(item.f[i]) > out.span ? __builtin_fabs(item.f[i]) : out.span;
+      item.f[i] = shift + log_a[r];
+      total[r] = sum, weight[r] = item.a[i];
+    }
+    double step[kEntropicGroup];
+#pragma omp simd
+    for (int64_t r = 0; r < kEntropicGroup; ++r) {
+      step[r] = -omega[r] * log2_of(total[r]);
+      weight[r] *= omega[r] == 1 ? 1 / total[r] : exp2_of(step[r]);
+    }
+    for (int64_t r = 0; r < kEntropicGroup && first + r < end; ++r) {
+      const int64_t i = first + r;
+      item.f[i] += step[r];
+      if (weight[r] != 0) out.span = __builtin_fabs(item.f[i]) > out.span ? __builtin_fabs(item.f[i]) : out.span;
     }
     add_rows(t, stride, weight, m, sums);
   }

@@ -4,7 +4,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_floating, check_one_of
+from .._checks import check_device, check_floating, check_integers, check_one_of
 
 
 class Costs(NamedTuple):
@@ -80,3 +80,46 @@ def check_reg(reg: float) -> None:
 def check_max_nz(max_nz: int | None) -> None:
     if max_nz is not None and max_nz < 1:
         raise ValueError(f"max_nz must be at least 1, or None, got {max_nz}")
+
+
+def whole_problem(M: Tensor | None, a: Tensor | None, b: Tensor | None, x: Tensor | None, y: Tensor | None,
+                  n_len: Tensor | None, m_len: Tensor | None
+                  ) -> tuple[Costs, Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Costs, weights in float64 and lengths in int64, all of one batch."""
+    costs = check_costs(M, x, y, "sqeuclidean")
+    n, m = costs.size
+    like = costs.tensors[0]
+    shapes = costs.batches
+    for t, name, size in ((a, "a", n), (b, "b", m)):
+        if t is not None:
+            check_weights(t, name, size, costs)
+            shapes.append(t.shape[:-1])
+    for t, name in ((n_len, "n_len"), (m_len, "m_len")):
+        if t is not None:
+            check_integers(t, name)
+            check_device(t, name, like, "the costs")
+            shapes.append(t.shape)
+    batch = common_batch(*shapes)
+    rows, columns = (None if t is None else t.to(torch.int64).expand(batch) for t in (n_len, m_len))
+    if a is None:
+        a = _uniform(like, n, rows, 1.0)
+        if b is not None:
+            a = a * inside(b.to(torch.float64), m, columns).sum(-1, keepdim=True)
+    if b is None:
+        b = _uniform(like, m, columns, inside(a.to(torch.float64), n, rows).sum(-1, keepdim=True))
+    a, b = (t.to(torch.float64).expand(*batch, t.shape[-1]) for t in (a, b))
+    costs = Costs(*(None if t is None else in_batch(t, batch, 2) for t in costs))
+    return costs, a, b, (rows, columns)
+
+
+def inside(weights: Tensor, size: int, length: Tensor | None) -> Tensor:
+    """Weights, 0 from `length` on."""
+    if length is None:
+        return weights
+    return torch.where(torch.arange(size, device=weights.device) < length[..., None], weights, 0.0)
+
+
+def _uniform(like: Tensor, size: int, length: Tensor | None, total: Tensor | float) -> Tensor:
+    ones = torch.ones(size, dtype=torch.float64, device=like.device)
+    count = max(size, 1) if length is None else length[..., None].to(torch.float64)
+    return inside(ones, size, length) * (total / count)

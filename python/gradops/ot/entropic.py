@@ -7,10 +7,9 @@ from torch.autograd import forward_ad
 
 from .._checks import may_look
 from .._op import needs_derivative, primals, register
-from ._problem import Costs, check_reg, check_weights
+from ._problem import Costs, check_reg, check_weights, inside, whole_problem
 from .dense_plan import DensePlan
 from .result import STATUS, OTResult, Potentials
-from .solve import _inside, _problem
 
 
 def _fake(costs, y, a, b, alpha0, n_len, m_len, reg, tol, max_iter):
@@ -29,15 +28,15 @@ def entropic(M: Tensor | None = None, a: Tensor | None = None, b: Tensor | None 
     .. math:: \min_{T \ge 0} \langle T, C \rangle + \epsilon \sum_{ij} t_{ij} (\log t_{ij} - 1)
               \quad\text{with}\quad T \mathbf{1} = a,\; T^\top \mathbf{1} = b
 
-    and :math:`\epsilon` = ``reg``. The plan is :math:`t_{ij} = \exp((\alpha_i + \beta_j - c_{ij}) / \epsilon)`, the same
-    as of POT's ``ot.sinkhorn(a, b, M, reg)``; POT's objective :math:`\epsilon \sum t \log t` is larger by
+    and :math:`\epsilon` = ``reg``. The plan is :math:`t_{ij} = \exp((\alpha_i + \beta_j - c_{ij}) / \epsilon)`, as
+    of POT's ``ot.sinkhorn(a, b, M, reg)``; POT's objective :math:`\epsilon \sum t \log t` is larger by
     :math:`\epsilon \sum a`. One iteration is an update of all :math:`\alpha` and then of all :math:`\beta`, in one
     read of the costs with one exponential per entry.
 
     Args:
         M: costs ``(..., n, m)``; float64, float32, bfloat16 or float16. +inf forbids a pair.
-        a, b: weights of rows ``(..., n)`` and columns ``(..., m)``, not negative, any floating dtype. Sums must agree to
-            1e-5; ``b`` is scaled to the sum of ``a``. Default: uniform, with the sum of the other, or 1.
+        a, b: weights of rows ``(..., n)`` and columns ``(..., m)``, not negative, any floating dtype. Sums must
+            agree to 1e-5; ``b`` is scaled to the sum of ``a``. Default: uniform, with the sum of the other, or 1.
         reg: the regularisation, in the units of the costs.
         x, y: instead of ``M``: points ``(..., n, d)`` and ``(..., m, d)`` whose costs are their squared Euclidean
             distances; no matrix is stored.
@@ -51,7 +50,8 @@ def entropic(M: Tensor | None = None, a: Tensor | None = None, b: Tensor | None 
         An :class:`OTResult`; what it holds is float64, whatever the costs' dtype:
 
         - ``plan``: a :class:`DensePlan`, which is evaluated on demand and has ``to_dense()``, ``apply(v)`` and
-          ``apply_transpose(v)``; constants, as are ``potentials`` (``alpha``, of mean 0, and ``beta``; -inf where a weight is 0 or a length cuts off).
+          ``apply_transpose(v)``; a constant, as are ``potentials`` (``alpha``, of mean 0, and ``beta``; -inf where a
+          weight is 0 or a length cuts off).
         - ``dual_value``: a lower bound of the optimum, up to rounding. ``value``: the objective of the plan rounded to
           both marginals (Altschuler, Weed and Rigollet 2017), an upper bound. ``gap`` = (``value`` -
           ``dual_value``) / (``reg`` sum a): the divergence of the rounded plan from T, summed without cancellation.
@@ -66,13 +66,15 @@ def entropic(M: Tensor | None = None, a: Tensor | None = None, b: Tensor | None 
         ValueError: shapes that do not fit, ``reg`` not positive, or, on CPU, numbers that are not as above.
 
     Exponentials are float32 until the marginal error is 1e-6, or float32 no longer reduces it, and float64 from then
-    on; potentials and sums over blocks are float64, and so is all that is reported. ``value`` can be
-    differentiated once in ``M``, ``a``, ``b``, ``x`` and ``y``, by the envelope theorem: its derivatives are the
-    plan, ``alpha`` and ``beta``, exact at the optimum. Those in ``a`` and ``b`` hold for changes that keep both sums
-    equal; a zero weight's is -inf. O(n m d) operations per iteration; memory O(n + m) besides the inputs, on CPU
-    a few dozen rows more.
+    on; potentials and sums over blocks are float64, and so is all that is reported. Steps are stretched by
+    over-relaxation at the measured rate of convergence: 2 to 13 times fewer iterations where many are needed. That is
+    taken back where it does not pay, and the last steps are plain. ``value`` can be differentiated once in ``M``,
+    ``a``, ``b``, ``x`` and ``y``, by the envelope theorem: its derivatives are the plan, ``alpha`` and ``beta``, exact
+    at the optimum. Those in ``a`` and ``b`` hold for changes that keep both sums equal; a zero weight's is -inf.
+    O(n m d) operations per iteration; memory O(n + m) besides the inputs, on CPU a few dozen rows more.
 
-    Sinkhorn distances: Cuturi 2013; absorption of the scalings into the potentials: Schmitzer 2019.
+    Sinkhorn distances: Cuturi 2013; absorption of the scalings into the potentials: Schmitzer 2019; over-relaxation:
+    Thibault, Chizat, Dossal and Papadakis 2021, Lehmann et al. 2022.
 
     Example:
         >>> import torch
@@ -82,7 +84,7 @@ def entropic(M: Tensor | None = None, a: Tensor | None = None, b: Tensor | None 
         tensor([[0.4404, 0.0596],
                 [0.0596, 0.4404]], dtype=torch.float64)
     """
-    costs, a, b, lengths = _problem(M, a, b, x, y, n_len, m_len)
+    costs, a, b, lengths = whole_problem(M, a, b, x, y, n_len, m_len)
     n, m = costs.size
     check_reg(reg)
     if not tol >= 0:
@@ -140,7 +142,7 @@ class _Entropic(torch.autograd.Function):
     def forward(costs: Tensor, y: Tensor | None, a: Tensor, b: Tensor, alpha0: Tensor | None, n_len: Tensor | None,
                 m_len: Tensor | None, reg: float, tol: float, max_iter: int) -> tuple[Tensor, ...]:
         alpha, beta, report = _op(costs, y, a, b, alpha0, n_len, m_len, reg, tol, max_iter)
-        above = report[..., 1] * _inside(a, a.shape[-1], n_len).sum(-1) * reg
+        above = report[..., 1] * inside(a, a.shape[-1], n_len).sum(-1) * reg
         value = torch.where(above == torch.inf, report[..., 0], report[..., 0] + above)
         return value, alpha, beta, report
 
@@ -156,8 +158,8 @@ class _Entropic(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_):
         # Where a graph of the gradient is made, it must lead to the inputs, to be refused there.
         twice = torch.is_grad_enabled() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
-        derivatives = _Gradient.apply if twice else _Gradient.forward
-        return *derivatives(grad, *ctx.saved_tensors, ctx.reg), *(None,) * 6
+        args = grad, *ctx.saved_tensors, ctx.reg
+        return *(_Gradient.apply(*args) if twice else _Gradient.forward(*args)), *(None,) * 6
 
     @staticmethod
     def jvp(ctx: Any, t_costs, t_y, t_a, t_b, *_):

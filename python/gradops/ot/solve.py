@@ -4,10 +4,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_integers, check_one_of, may_look
+from .._checks import check_one_of, may_look
 from .._op import needs_derivative, refuse_derivative, register
 from ._derivatives import Numbers, differentiable
-from ._problem import Costs, check_costs, check_max_nz, check_reg, check_weights
+from ._problem import check_max_nz, check_reg, check_weights, whole_problem
 from .result import OTResult, Potentials
 from .sparse_plan import SparsePlan
 
@@ -123,7 +123,7 @@ def solve(
         >>> result.status, round(float(result.value), 4)
         ('converged', 0.1667)
     """
-    costs, a, b, lengths = _problem(M, a, b, x, y, n_len, m_len)
+    costs, a, b, lengths = whole_problem(M, a, b, x, y, n_len, m_len)
     refuse_derivative("solve", alpha0=alpha0)
     n, m = costs.size
     check_reg(reg)
@@ -174,45 +174,3 @@ def _solve(M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: T
     if needs_derivative(*(t for t in inputs[:5] if t is not None)):
         return differentiable(run, reg, averaged, *inputs)
     return run(*inputs)
-
-
-def _problem(M: Tensor | None, a: Tensor | None, b: Tensor | None, x: Tensor | None, y: Tensor | None,
-             n_len: Tensor | None, m_len: Tensor | None
-             ) -> tuple[Costs, Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Costs, weights in float64 and lengths in int64, all of one batch."""
-    costs = check_costs(M, x, y, "sqeuclidean")
-    n, m = costs.size
-    like = costs.tensors[0]
-    shapes = [costs.batch]
-    for t, name, size in ((a, "a", n), (b, "b", m)):
-        if t is not None:
-            check_weights(t, name, size, costs)
-            shapes.append(t.shape[:-1])
-    for t, name in ((n_len, "n_len"), (m_len, "m_len")):
-        if t is not None:
-            check_integers(t, name)
-            check_device(t, name, like, "the costs")
-            shapes.append(t.shape)
-    batch = torch.broadcast_shapes(*shapes)
-    rows, columns = (None if t is None else t.to(torch.int64).expand(batch) for t in (n_len, m_len))
-    if a is None:
-        a = _uniform(like, n, rows, 1.0)
-        if b is not None:
-            a = a * _inside(b.to(torch.float64), m, columns).sum(-1, keepdim=True)
-    if b is None:
-        b = _uniform(like, m, columns, _inside(a.to(torch.float64), n, rows).sum(-1, keepdim=True))
-    a, b = (t.to(torch.float64).expand(*batch, t.shape[-1]) for t in (a, b))
-    return costs.expand(batch), a, b, (rows, columns)
-
-
-def _inside(weights: Tensor, size: int, length: Tensor | None) -> Tensor:
-    """Weights, 0 from `length` on."""
-    if length is None:
-        return weights
-    return torch.where(torch.arange(size, device=weights.device) < length[..., None], weights, 0.0)
-
-
-def _uniform(like: Tensor, size: int, length: Tensor | None, total: Tensor | float) -> Tensor:
-    ones = torch.ones(size, dtype=torch.float64, device=like.device)
-    count = size if length is None else length[..., None].to(torch.float64)
-    return _inside(ones, size, length) * (total / count)
