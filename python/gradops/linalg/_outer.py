@@ -1,23 +1,26 @@
 """What the Gram matrices of per-sample gradients share: blocks of bounded size, checks."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import isqrt
 
 import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating
+from .._op import register
 from .gram import gram
+
+_pairs = register("gram_outer", fake=lambda x, g, bias: x[0].new_empty(
+    (x[0].shape[0], x[0].shape[0]), dtype=torch.float64), vmap=False)
+_blocks = register("gram_outer_blocks", fake=lambda x, g: x.new_empty(
+    (x.shape[0], x.shape[0]), dtype=torch.float64), vmap=False)
 
 # Temporaries of one product are cut to about this many bytes; those of token pairs, which are small products that are
 # read again and again, to what a cache holds.
 MAX_BYTES, PAIR_BYTES = 2**26, 2**19
+# Rows up to which the CUDA kernel takes the products of all pairs of them: it writes them to memory.
+MAX_ROWS = 4096
 # Samples begin to end, as (tokens of all of them, features) in float64.
 Tokens = Callable[[int, int], Tensor]
-
-
-def add_product(out: Tensor, inner: Tensor, outer: Tensor, bias: bool) -> Tensor:
-    """out += outer * (inner + bias), entry by entry."""
-    return out.addcmul_(outer, inner + 1 if bias else inner)
 
 
 def pairs_pay(samples: int, tokens: int, d: int, p: int) -> bool:
@@ -52,8 +55,22 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return gram(a) if a is b else a @ b.mT
 
 
-def add_blocks(out: Tensor, x: Tensor, g: Tensor) -> None:
+def add_layers(out: Tensor, layers: Sequence[tuple[Tensor, Tensor, bool]]) -> Tensor:
+    """Of x (B, T, d), g (B, T, p) and whether there is a bias; by token pairs, in one call of the kernel."""
+    grouped = [layer for layer in layers if out.is_cpu or layer[0].shape[0] * layer[0].shape[1] <= MAX_ROWS]
+    if grouped:
+        x, g, bias = (list(t) for t in zip(*grouped, strict=True))
+        out += _pairs(x, g, bias)
+    for x, g, bias in (layer for layer in layers if not any(layer is other for other in grouped)):
+        add_pairs(out, x.shape[1], lambda i, j, x=x: x[i:j].flatten(0, 1).double(),
+                  lambda i, j, g=g: g[i:j].flatten(0, 1).double(), bias)
+    return out
+
+
+def add_blocks(out: Tensor, x: Tensor, g: Tensor) -> Tensor:
     """The first form, without the bias: the gradients of a part of the weight for all samples at a time."""
+    if out.is_cpu:
+        return out.add_(_blocks(x, g))
     samples, tokens, d = x.shape
     p = g.shape[2]
     room = MAX_BYTES // 8 // max(1, samples)
@@ -63,6 +80,7 @@ def add_blocks(out: Tensor, x: Tensor, g: Tensor) -> None:
         part = g[:, :, r:r + rows].mT.double()
         for c in range(0, d, columns):
             out += gram((part @ x[:, :, c:c + columns].double()).flatten(1))
+    return out
 
 
 def check_pair(x: Tensor, g: Tensor) -> None:
