@@ -7,8 +7,9 @@
 namespace gradops {
 namespace {
 
-constexpr int64_t kRoom = 1 << 19;  // gradients of all samples that are held at a time, in doubles
-constexpr int64_t kPart = 128;      // rows and columns of a part of a gradient at most
+constexpr int64_t kRoom = 1 << 21;  // gradients of all samples that are held at a time, in doubles
+constexpr int64_t kSlice = 2048;    // columns of them in a slice at least
+constexpr int64_t kPart = 256;      // rows and columns of a part of a gradient at most
 
 // Groups of rows are whole samples, or pieces of one.
 struct Groups {
@@ -31,8 +32,6 @@ struct Groups {
     return left < kGramGroup ? left : kGramGroup;
   }
 };
-
-char* aligned(void* p) { return static_cast<char*>(p) + (-reinterpret_cast<uintptr_t>(p) & 63); }
 
 }  // namespace
 
@@ -100,27 +99,26 @@ void cpu::gram_outer(const GramOuterTask& t, void* workspace, void*) {
 
 namespace {
 
-// The weight is cut into parts, and the parts are dealt to slices of work, by the shapes alone.
+// The weight is cut into parts, and the columns of the Jacobian that one of them gives into slices, by the shapes
+// alone.
 struct Parts {
-  int64_t rows, cols, across, count, groups, pairs, slices, slice, stride, size, packed;
-  GramSpace space;
+  int64_t rows, cols, across, count, pairs, slices, slice, stride, size, packed;
   explicit Parts(const GramOuterTask& t) {
     const OuterLayer& layer = *t.layers;
     int64_t side = kPart;
-    while (side > 16 && side / 2 * side * t.samples > kRoom) side /= 2;
-    rows = layer.p < side / 2 ? layer.p : side / 2;
+    while (side > 16 && side * side * t.samples > kRoom) side /= 2;
+    rows = layer.p < side ? layer.p : side;
     cols = layer.d < side ? layer.d : side;
     across = up(layer.d, cols);
     count = up(layer.p, rows) * across;
-    groups = up(t.samples, kGramGroup);
-    pairs = groups * (groups + 1) / 2;
-    slices = pairs < kGramPieces ? kGramPieces / pairs : 1;
-    slice = up(count, slices);
-    slices = up(count, slice);
-    const int64_t group = t.samples < kGramGroup ? t.samples : kGramGroup;
-    space = GRADOPS_DISPATCH(gram_space)(group, group, true);
-    stride = up(space.sum, 64) * 64;
     size = GRADOPS_DISPATCH(gram_outer_part_size)(rows, cols);
+    const int64_t groups = up(t.samples, kGramGroup), group = t.samples < kGramGroup ? t.samples : kGramGroup;
+    pairs = groups * (groups + 1) / 2;
+    slice = up(size, pairs < kGramPieces ? kGramPieces / pairs : 1);
+    if (slice < kSlice) slice = kSlice;
+    slices = up(size, slice);
+    const GramSpace space = GRADOPS_DISPATCH(gram_space)(group, group, true);
+    stride = up(space.sum, 64) * 64;
     packed = 8 * GRADOPS_DISPATCH(gram_outer_packed_size)(rows, cols);
     if (packed < space.packed) packed = space.packed;
   }
@@ -136,7 +134,7 @@ int64_t cpu::gram_outer_blocks_workspace(const GramOuterTask& t) {
 void cpu::gram_outer_blocks(const GramOuterTask& t, void* workspace) {
   const Parts p(t);
   const OuterLayer& layer = *t.layers;
-  char* const sums = aligned(workspace);
+  char* const sums = static_cast<char*>(workspace) + (-reinterpret_cast<uintptr_t>(workspace) & 63);
   const auto sum = GRADOPS_DISPATCH(gram_sum);
   const auto form = GRADOPS_DISPATCH(gram_outer_part);
   const auto part_size = GRADOPS_DISPATCH(gram_outer_part_size);
@@ -148,25 +146,30 @@ void cpu::gram_outer_blocks(const GramOuterTask& t, void* workspace) {
     };
     return GramPiece{nullptr, Element::f64, true, 0, i * kGramGroup, rows(i), j * kGramGroup, rows(j), 0, 0, false};
   };
-  parallel_for(0, p.slices, 1, [&](int64_t first, int64_t last) {
-    char* const packed = thread_scratch(p.packed + 8 * p.size * t.samples);
-    double* const gradients = reinterpret_cast<double*>(packed + p.packed);
-    for (int64_t n = first * p.slice; n < last * p.slice && n < p.count; ++n) {
-      const int64_t row = n / p.across * p.rows, col = n % p.across * p.cols;
-      const OuterPart part{row, layer.p - row < p.rows ? layer.p - row : p.rows, col,
-                           layer.d - col < p.cols ? layer.d - col : p.cols};
-      const int64_t size = part_size(part.rows, part.cols);
-      for (int64_t a = 0; a < t.samples; ++a)
-        form(layer, a, part, reinterpret_cast<double*>(packed), gradients + a * size);
-      for (int64_t pair = 0; pair < p.pairs; ++pair) {
-        GramPiece with = piece(pair);
+  // The gradients lie behind what this thread, too, takes below for its packed matrices.
+  double* const gradients = reinterpret_cast<double*>(thread_scratch(p.packed + 8 * p.size * t.samples) + p.packed);
+  for (int64_t n = 0; n < p.count; ++n) {
+    const int64_t row = n / p.across * p.rows, col = n % p.across * p.cols;
+    const OuterPart part{row, layer.p - row < p.rows ? layer.p - row : p.rows, col,
+                         layer.d - col < p.cols ? layer.d - col : p.cols};
+    const int64_t size = part_size(part.rows, part.cols);
+    parallel_for(0, t.samples, 1, [&](int64_t first, int64_t last) {
+      double* const packed = reinterpret_cast<double*>(thread_scratch(p.packed));
+      for (int64_t a = first; a < last; ++a) form(layer, a, part, packed, gradients + a * size);
+    });
+    parallel_for(0, p.pairs * p.slices, 1, [&](int64_t first, int64_t last) {
+      char* const packed = thread_scratch(p.packed);
+      for (int64_t m = first; m < last; ++m) {
+        GramPiece with = piece(m / p.slices);
         with.j = gradients;
-        with.cols = with.end = size;
-        with.add = n % p.slice > 0;
-        sum(with, sums + (pair * p.slices + n / p.slice) * p.stride, packed);
+        with.cols = size;
+        with.begin = m % p.slices * p.slice < size ? m % p.slices * p.slice : size;
+        with.end = with.begin + p.slice < size ? with.begin + p.slice : size;
+        with.add = n > 0;
+        sum(with, sums + m * p.stride, packed);
       }
-    }
-  });
+    });
+  }
   parallel_for(0, p.pairs, 1, [&](int64_t first, int64_t last) {
     for (int64_t pair = first; pair < last; ++pair)
       write(piece(pair), sums + pair * p.slices * p.stride, p.slices, p.stride, t.out, t.samples);

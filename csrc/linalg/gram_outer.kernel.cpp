@@ -7,7 +7,7 @@ namespace gradops::GRADOPS_ISA {
 namespace {
 
 constexpr int W = kLanes<double>, P = kPanel<double>;
-constexpr int64_t kTokens = 256;  // packed together: a panel of them stays in L1
+constexpr int64_t kTokens = 128;  // packed together: a panel of them stays in L1
 
 int64_t panels(int64_t cols) { return (cols + P - 1) / P; }
 
@@ -25,19 +25,15 @@ void rows_of(const Panels<double>& x, const Panels<double>& g, int64_t row, int6
 // Columns [col, col + to.cols) of rows [0, to.rows) of a matrix, widened; the last vectors are filled up with zeros.
 template <class S>
 void pack(const S* from, int64_t stride, int64_t col, const Panels<double>& to) {
-  for (int64_t p = 0; p < to.panels(); ++p) {
-    const int64_t c = p * P, count = to.cols - c < P ? to.cols - c : P;
-    const S* in = from + col + c;
-    double* out = to.at(0, c);
-    if (count == P) {
-      for (int64_t r = 0; r < to.rows; ++r, in += stride, out += P) {
+  const int64_t whole = to.cols / P * P;
+  for (int64_t r = 0; r < to.rows; ++r) {
+    const S* in = from + r * stride + col;
+    double* out = to.at(r, 0);
+    for (int64_t c = 0; c < whole; c += P, out += to.rows * P)
 #pragma omp simd
-        for (int e = 0; e < P; ++e) out[e] = widen(in[e]);
-      }
-    } else {
-      for (int64_t r = 0; r < to.rows; ++r, in += stride, out += P)
-        for (int64_t e = 0; e < P; ++e) out[e] = e < count ? double(widen(in[e])) : 0.;
-    }
+      for (int e = 0; e < P; ++e) out[e] = widen(in[c + e]);
+    if (whole < to.cols)
+      for (int64_t e = 0; e < P; ++e) out[e] = whole + e < to.cols ? double(widen(in[whole + e])) : 0.;
   }
 }
 

@@ -26,7 +26,7 @@ def gram_outer(x: Tensor, g: Tensor, *, bias: bool = True, mode: str = "auto", o
         g: ``(B, p)`` or ``(B, T, p)``, of any of these dtypes, on the device of ``x``.
         bias: the layer has a bias; without it the second term, the + 1, is left out.
         mode: ``"pairs"``, ``"blocks"``, or ``"auto"`` for token pairs where
-            :math:`T^2 (p + d) < p d (1 + 2 T / B)`.
+            :math:`T^2 (p + d) < 1.25\, p d\, (1 + 2 T / B)`.
         out: ``(B, B)``, float64; the Gram is **added** to it, as the sum over the layers of a network needs it.
 
     Returns:
@@ -37,7 +37,7 @@ def gram_outer(x: Tensor, g: Tensor, *, bias: bool = True, mode: str = "auto", o
         ValueError: shapes or devices do not fit, or ``mode`` is unknown.
         RuntimeError: a derivative is asked for.
 
-    Products and sums are made in float64; temporaries are cut to 64 MiB each. The pair form is the "ghost" trick of
+    Products and sums are made in float64; temporaries are cut to 64 MiB each, on CPU to 16 MiB. The pair form is the "ghost" trick of
     Goodfellow, arXiv 1510.01799, and Li et al., arXiv 2110.05679, for pairs of samples.
 
     Example:
