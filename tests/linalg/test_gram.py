@@ -66,8 +66,20 @@ def test_blocks():
     x = randn(3, 20, 500).float()
     for parts in (x.split([100, 0, 399, 1], -1), list(x.split(64, -1))):
         close(gram(parts), reference.gram(x), x, 2.0**-53 * 500)
-    mixed = [x[..., :100], x[..., 100:200].bfloat16(), x[..., 200:].double()]
-    close(gram(mixed), reference.gram(mixed), x, 2.0**-53 * 500)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_blocks_in_one_call(backend, wide):
+    device, ops = backend
+    x = randn(2, 66, 700).to(device, torch.bfloat16)
+    parts = [x[..., :100].half(), x[..., 100:100], x[..., 100:640].float(), *x[..., 640:].split(2, -1)]  # 33 of them
+    if wide:
+        parts[2] = parts[2].double()
+    g = ops.gram(parts, wide)
+    assert torch.equal(g, g.mT) and all(torch.equal(g[i], ops.gram([p[i] for p in parts], wide)) for i in range(2))
+    close(g, reference.gram(x.double()), x, (2.0**-53 if wide else 2.0**-24) * 700)
+    with pytest.raises(RuntimeError, match="agree in all but their columns"):
+        ops.gram([x, x[:, :65]], wide)
 
 
 def test_batch_item_equals_single(backend):

@@ -25,7 +25,7 @@ Tokens = Callable[[int, int], Tensor]
 
 def pairs_pay(samples: int, tokens: int, d: int, p: int) -> bool:
     """By the operations of the two forms; those of the first take a quarter longer."""
-    return 4 * tokens**2 * (p + d) * samples < 5 * p * d * (samples + 2 * tokens)
+    return tokens <= 1 or 4 * tokens**2 * (p + d) * samples < 5 * p * d * (samples + 2 * tokens)
 
 
 def add_pairs(out: Tensor, tokens: int, xs: Tokens, gs: Tokens, bias: bool,
@@ -57,7 +57,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_layers(out: Tensor, layers: Sequence[tuple[Tensor, Tensor, bool]]) -> Tensor:
-    """Of x (B, T, d), g (B, T, p) and whether there is a bias; by token pairs, in one call of the kernel."""
+    """Of x (B, T, d) or (B, d), g alike and whether there is a bias; by token pairs, in one call of the kernel."""
+    layers = [(x, g, bias) if x.dim() == 3 else (x[:, None], g[:, None], bias) for x, g, bias in layers]
     grouped = [layer for layer in layers if out.is_cpu or layer[0].shape[0] * layer[0].shape[1] <= MAX_ROWS]
     if grouped:
         x, g, bias = (list(t) for t in zip(*grouped, strict=True))

@@ -14,7 +14,7 @@ from ..linalg._spectrum import check_filter
 from .base import check_scalar, check_state_dtype, scalar, zeros_like_state
 from .capture import Tape, check_losses, watching
 from .resume import ResumingOptimizer
-from .uses import Targets, Use
+from .uses import Targets, Use, gram_of
 
 _OWN = ("lr", "weight_decay")  # what may differ from group to group
 
@@ -150,9 +150,7 @@ class Sven(ResumingOptimizer):
         settings = self.param_groups[0]
         rows = _rows(losses, settings["kappa"], settings["microbatch"])
         uses = tape.uses(losses, rows)
-        gram = torch.zeros(2 * rows.shape, dtype=torch.float64, device=rows.device)
-        for use in uses:
-            use.gram_(gram)
+        gram = gram_of(uses, rows)
         mu = settings["momentum"]
         residual = rows.detach().double()
         if mu:
