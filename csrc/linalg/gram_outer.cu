@@ -7,6 +7,7 @@ namespace gradops {
 namespace {
 
 constexpr int kLayers = kMatrices / 2;
+constexpr int64_t kRoom = int64_t(1) << 22;  // sums after which a launch takes no more layers
 
 struct LayerTable {
   Table matrices;  // x and g of the first layer, of the second, ...
@@ -45,16 +46,18 @@ __global__ void __launch_bounds__(kThreads)
 template <class F>
 void each_table(const GramOuterTask& t, const F& f) {
   int64_t l = 0;
+  bool first = true;
   do {
     LayerTable table;
-    for (int i = 0; i < kLayers && l < t.count; ++i, ++l) {
+    for (int i = 0; i < kLayers && l < t.count && table.matrices.sums < kRoom; ++i, ++l) {
       const OuterLayer& layer = t.layers[l];
       table.matrices.add(layer.x, layer.x_element, 1, t.samples * layer.tokens, layer.d);
       table.matrices.add(layer.g, layer.g_element, 1, t.samples * layer.tokens, layer.p);
       table.tokens[i] = layer.tokens;
       table.bias[i] = layer.bias;
     }
-    f(table, l <= kLayers);
+    f(table, first);
+    first = false;
   } while (l < t.count);
 }
 

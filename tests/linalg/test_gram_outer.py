@@ -102,7 +102,8 @@ def test_a_nan_stays_in_its_sample_of_its_layer(backend):
 def test_layers_that_do_not_fit_together(backend):
     device, ops = backend
     x, g = randn(4, 3, 5).to(device), randn(4, 3, 2).to(device)
-    for args, match in [(([x], [g, g], [True]), "one entry per layer"), (([x], [g[:, :2]], [True]), "must be"), (([x, x[:3]], [g, g[:3]], [True] * 2), "must be")]:
+    for args, match in [(([x], [g, g], [True]), "one entry per layer"), (([x], [g[:, :2]], [True]), "must be"),
+                        (([x, x[:3]], [g, g[:3]], [True] * 2), "must be")]:
         with pytest.raises(RuntimeError, match=match):
             ops.gram_outer(*args)
 

@@ -1,5 +1,6 @@
 """What the Gram matrices of per-sample gradients share: blocks of bounded size, checks."""
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import isqrt
 
 import torch
@@ -18,7 +19,7 @@ _blocks = register("gram_outer_blocks", fake=lambda x, g: x.new_empty(
 # read again and again, to what a cache holds.
 MAX_BYTES, PAIR_BYTES = 2**26, 2**19
 # Rows up to which the CUDA kernel takes the products of all pairs of them: it writes them to memory.
-MAX_ROWS = 4096
+MAX_ROWS = 2048
 # Samples begin to end, as (tokens of all of them, features) in float64.
 Tokens = Callable[[int, int], Tensor]
 
@@ -58,15 +59,18 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def add_layers(out: Tensor, layers: Sequence[tuple[Tensor, Tensor, bool]]) -> Tensor:
     """Of x (B, T, d) or (B, d), g alike and whether there is a bias; by token pairs, in one call of the kernel."""
-    layers = [(x, g, bias) if x.dim() == 3 else (x[:, None], g[:, None], bias) for x, g, bias in layers]
-    grouped = [layer for layer in layers if out.is_cpu or layer[0].shape[0] * layer[0].shape[1] <= MAX_ROWS]
-    if grouped:
-        x, g, bias = (list(t) for t in zip(*grouped, strict=True))
-        out += _pairs(x, g, bias)
-    for x, g, bias in (layer for layer in layers if not any(layer is other for other in grouped)):
-        add_pairs(out, x.shape[1], lambda i, j, x=x: x[i:j].flatten(0, 1).double(),
-                  lambda i, j, g=g: g[i:j].flatten(0, 1).double(), bias)
-    return out
+    xs, gs, biases = list[Tensor](), list[Tensor](), list[bool]()
+    for x, g, bias in layers:
+        x, g = (t if t.dim() == 3 else t[:, None] for t in (x, g))
+        if out.is_cpu or x.shape[0] * x.shape[1] <= MAX_ROWS:
+            xs, gs, biases = [*xs, x], [*gs, g], [*biases, bias]
+        else:
+            add_pairs(out, x.shape[1], partial(_rows, x), partial(_rows, g), bias)
+    return out.add_(_pairs(xs, gs, biases)) if xs else out
+
+
+def _rows(t: Tensor, begin: int, end: int) -> Tensor:
+    return t[begin:end].flatten(0, 1).double()
 
 
 def add_blocks(out: Tensor, x: Tensor, g: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ def gram(J: Blocks, *, accumulate: torch.dtype | None = None) -> Tensor:
             is none of the above, or it is float32 and a block is float64.
 
     Half the :math:`2 B^2 P` operations of a product of two different matrices; numbers are widened on their way into
-    the cache. All blocks are one call, on CUDA a launch for every 32 of them. Differentiable to any order, in the dtype of ``J``.
+    the cache. All blocks go in one call, on CUDA 32 of them in one launch. Differentiable to any order, in the dtype
+    of ``J``.
 
     Example:
         >>> import torch

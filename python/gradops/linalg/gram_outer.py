@@ -37,8 +37,8 @@ def gram_outer(x: Tensor, g: Tensor, *, bias: bool = True, mode: str = "auto", o
         ValueError: shapes or devices do not fit, or ``mode`` is unknown.
         RuntimeError: a derivative is asked for.
 
-    Products and sums are made in float64; temporaries are cut to 64 MiB each, on CPU to 16 MiB. The pair form is the "ghost" trick of
-    Goodfellow, arXiv 1510.01799, and Li et al., arXiv 2110.05679, for pairs of samples.
+    Products and sums are made in float64; temporaries are cut to 64 MiB each, on CPU to 16 MiB. The pair form is the
+    "ghost" trick of Goodfellow, arXiv 1510.01799, and Li et al., arXiv 2110.05679, for pairs of samples.
 
     Example:
         >>> import torch
@@ -54,7 +54,7 @@ def gram_outer(x: Tensor, g: Tensor, *, bias: bool = True, mode: str = "auto", o
     out = check_out(out, samples, x)
     refuse_derivative("gram_outer", x=x, g=g, out=out)
     x, g = (t if t.dim() == 3 else t[:, None] for t in (x, g))
-    if mode == "pairs" or (mode == "auto" and pairs_pay(*x.shape, g.shape[2])):
+    if mode == "pairs" or (mode == "auto" and pairs_pay(samples, x.shape[1], x.shape[2], g.shape[2])):
         return add_layers(out, [(x, g, bias)])
     add_blocks(out, x, g)
     return out.add_(gram(g.sum(1, dtype=torch.float64))) if bias else out
