@@ -47,9 +47,13 @@ int64_t cpu::gram_outer_workspace(const GramOuterTask& t) {
 void cpu::gram_outer(const GramOuterTask& t, void* workspace, void*) {
   const auto sum = GRADOPS_DISPATCH(gram_sum);
   const auto contract = GRADOPS_DISPATCH(gram_outer_contract);
-  const GramSpace space = GRADOPS_DISPATCH(gram_space)(kGramGroup, kGramGroup, true);
-  int64_t units = 0;
-  for (int64_t l = 0; l < t.count; ++l) units += Groups(t.layers[l], t.samples).units();
+  int64_t units = 0, most = 0;  // rows of a group
+  for (int64_t l = 0; l < t.count; ++l) {
+    const Groups groups(t.layers[l], t.samples);
+    units += groups.units();
+    if (most < groups.rows(0, t.samples)) most = groups.rows(0, t.samples);
+  }
+  const GramSpace space = GRADOPS_DISPATCH(gram_space)(most, most, true);
   double* const parts = static_cast<double*>(workspace);
   parallel_for(0, units, 1, [&](int64_t first, int64_t last) {
     char* const x = thread_scratch(2 * space.sum + space.packed);
