@@ -51,6 +51,8 @@ def test_gram_outer_of_any_shape(samples, tokens, d, p, bias, mode):
 def test_blocks_of_bounded_size(small_blocks, mode):
     x, g = randn(7, 3, 11), randn(7, 3, 5, seed=1)
     close(linalg.gram_outer(x, g, mode=mode), reference.gram_outer(x, g))
+    if mode == "blocks":
+        close(_outer.add_blocks_by_torch(torch.zeros(7, 7).double(), x, g), reference.gram_outer(x, g, bias=False))
     x, g = randn(4, 2, 6, 5, 5), randn(4, 2, 4, 2, 3, seed=1)
     for groups in (1,) if mode == "pairs" else (1, 2):
         got = linalg.gram_conv2d(x, g, (3, 2), stride=(2, 2), padding=(0, 1), groups=groups, mode=mode)

@@ -75,8 +75,11 @@ def _rows(t: Tensor, begin: int, end: int) -> Tensor:
 
 def add_blocks(out: Tensor, x: Tensor, g: Tensor) -> Tensor:
     """The first form, without the bias: the gradients of a part of the weight for all samples at a time."""
-    if out.is_cpu:
-        return out.add_(_blocks(x, g))
+    return out.add_(_blocks(x, g)) if out.is_cpu else add_blocks_by_torch(out, x, g)
+
+
+def add_blocks_by_torch(out: Tensor, x: Tensor, g: Tensor) -> Tensor:
+    """For CUDA, where the kernel would be torch's products."""
     samples, tokens, d = x.shape
     p = g.shape[2]
     room = MAX_BYTES // 8 // max(1, samples)
