@@ -33,6 +33,7 @@ def test_bad_input():
         (lambda: arrays.row_norm(np.ones((2, 2), int)), TypeError, "x must be float64"),
         (lambda: arrays.newton_schulz(np.ones((2, 2)), coefficients="aol"), ValueError, "coefficients='aol'"),
         (lambda: arrays.nuclear_scale(np.ones((2, 2)), np.ones((2, 3))), ValueError, "U must have the shape"),
+        (lambda: arrays.gram([np.ones((2, 3))] * 2), TypeError, "J must be one array, got a list"),
         (lambda: arrays.gram(np.ones((2, 3)), accumulate=np.float32), ValueError, "accumulate must be np.float64"),
         (lambda: arrays.spectral_solve(np.ones((2, 3)), np.ones(2)), ValueError, "G must be square"),
         (lambda: arrays.pinv_apply(np.ones((2, 3)), np.ones(3)), ValueError, "r must have the shape of J"),

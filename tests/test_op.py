@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from . import calls
 
@@ -193,7 +194,7 @@ def test_on_cuda_it_is_captured_and_waits_for_nothing(name):
         y = raw(name)(*args)
         return [y] if isinstance(y, torch.Tensor) else list(y or [])
 
-    args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in c.raw(c.example())]
+    args = tree_map(lambda a: a.cuda() if isinstance(a, torch.Tensor) else a, c.raw(c.example()))
     outputs(args)  # the first launch loads the kernel
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

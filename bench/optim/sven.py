@@ -84,9 +84,15 @@ def case(widths: tuple[int, ...], samples: int, settings: Settings) -> Case:
             p -= LR * step[:p.numel()].view_as(p)
             step = step[p.numel():]
 
+    @torch.no_grad()
+    def gram_of_gradients() -> Tensor:
+        J = torch.cat([g.flatten(1) for g in per_sample_gradients(models[2], x, y, loss).values()], 1)
+        return J @ J.T
+
     peers: dict[str, Callable[[], object]] = {
         "SGD": sgd_step,
         "vmap(grad), no step": lambda: per_sample_gradients(models[2], x, y, loss),
+        "vmap(grad), Gram in float32": gram_of_gradients,
     }
     if find_spec("torchjd"):
         from torchjd.autogram import Engine

@@ -2,36 +2,34 @@
 
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "linalg/gram_pairs.h"
 
 namespace gradops {
 namespace {
 
-constexpr int64_t kGroup = 256;   // rows that one piece takes
 constexpr int64_t kSlice = 2048;  // columns of a slice at least
-constexpr int64_t kPieces = 32;   // of one matrix, where there are columns enough: work for that many threads
-
-int64_t up(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 struct Plan {
-  int64_t groups, pairs, slices, slice, stride, packed;
+  int64_t cols = 0, groups, pairs, slices, slice, stride, packed;
   explicit Plan(const GramTask& t)
-      : groups(up(t.rows, kGroup)),
+      : groups(up(t.rows, kGramGroup)),
         pairs(groups * (groups + 1) / 2),
-        slices(pairs < kPieces ? kPieces / pairs : 1),
-        slice(up(t.cols, slices)) {
+        slices(pairs < kGramPieces ? kGramPieces / pairs : 1) {
+    for (int64_t b = 0; b < t.count; ++b) cols += t.blocks[b].cols;
+    slice = up(cols, slices);
     slice = up(slice < kSlice ? kSlice : slice, 64) * 64;
-    slices = t.cols > slice ? up(t.cols, slice) : 1;
-    const int64_t rows = t.rows < kGroup ? t.rows : kGroup;
+    slices = cols > slice ? up(cols, slice) : 1;
+    const int64_t rows = t.rows < kGramGroup ? t.rows : kGramGroup;
     const GramSpace space = GRADOPS_DISPATCH(gram_space)(rows, rows, t.wide);
     stride = up(space.sum, 64) * 64;
     packed = space.packed;
   }
-  GramPiece piece(const GramTask& t, int64_t item, int64_t pair) const {
-    int64_t i = 0;  // the pair-th of (0, 0), (1, 0), (1, 1), (2, 0), ...
-    while (pair > i) pair -= ++i;
-    const auto rows = [&](int64_t g) { return t.rows - g * kGroup < kGroup ? t.rows - g * kGroup : kGroup; };
-    const char* j = static_cast<const char*>(t.j) + item * t.rows * t.cols * element_size(t.element);
-    return {j, t.element, t.wide, t.cols, i * kGroup, rows(i), pair * kGroup, rows(pair), 0, t.cols};
+  GramPiece piece(const GramTask& t, int64_t pair) const {
+    const auto [i, j] = pair_of(pair);
+    const auto rows = [&](int64_t g) {
+      return t.rows - g * kGramGroup < kGramGroup ? t.rows - g * kGramGroup : kGramGroup;
+    };
+    return {nullptr, {}, t.wide, 0, i * kGramGroup, rows(i), j * kGramGroup, rows(j), 0, 0, false};
   }
 };
 
@@ -53,17 +51,26 @@ void cpu::gram(const GramTask& t, void* workspace, void*) {
   parallel_for(0, t.batch * p.pairs * p.slices, grain, [&](int64_t first, int64_t last) {
     char* packed = thread_scratch(p.packed);
     for (int64_t n = first; n < last; ++n) {
-      GramPiece piece = p.piece(t, n / (p.pairs * p.slices), n / p.slices % p.pairs);
-      piece.begin = n % p.slices * p.slice;
-      piece.end = piece.begin + p.slice < t.cols ? piece.begin + p.slice : t.cols;
-      sum(piece, sums + n * p.stride, packed);
+      const int64_t item = n / (p.pairs * p.slices), begin = n % p.slices * p.slice, end = begin + p.slice;
+      GramPiece piece = p.piece(t, n / p.slices % p.pairs);
+      int64_t at = 0;  // first column of the block
+      for (const GramBlock* b = t.blocks; b < t.blocks + t.count; at += b++->cols) {
+        if (begin >= at + b->cols || at >= end) continue;
+        piece.j = static_cast<const char*>(b->j) + item * t.rows * b->cols * element_size(b->element);
+        piece.element = b->element;
+        piece.cols = b->cols;
+        piece.begin = begin > at ? begin - at : 0;
+        piece.end = end - at < b->cols ? end - at : b->cols;
+        sum(piece, sums + n * p.stride, packed);
+        piece.add = true;
+      }
+      if (!piece.add) sum(piece, sums + n * p.stride, packed);  // no columns at all
     }
   });
   parallel_for(0, t.batch * p.pairs, grain, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) {
-      const int64_t item = n / p.pairs;
-      char* g = static_cast<char*>(t.g) + item * t.rows * t.rows * (t.wide ? 8 : 4);
-      write(p.piece(t, item, n % p.pairs), sums + n * p.slices * p.stride, p.slices, p.stride, g, t.rows);
+      char* g = static_cast<char*>(t.g) + n / p.pairs * t.rows * t.rows * (t.wide ? 8 : 4);
+      write(p.piece(t, n % p.pairs), sums + n * p.slices * p.stride, p.slices, p.stride, g, t.rows);
     }
   });
 }

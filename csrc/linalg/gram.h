@@ -1,8 +1,8 @@
-// gram: G = J J^T for a batch of matrices with few rows and many columns, exactly symmetric; sums in double
-// (`wide`) or float. Torch-free interface.
+// gram: G = J J^T for a batch of matrices with few rows and many columns, given as blocks of their columns; exactly
+// symmetric; sums in double (`wide`) or float. Torch-free interface.
 //
-// The columns are cut into slices and the rows into groups, by the shape alone; the sums over the slices are added
-// in order. So no bit depends on the number of threads.
+// The columns of all blocks are cut into slices and the rows into groups, by the shapes alone; the sums over the slices
+// are added in order. So no bit depends on the number of threads.
 #pragma once
 #include <cstdint>
 
@@ -11,15 +11,20 @@
 
 namespace gradops {
 
-struct GramTask {  // batch of contiguous rows x cols matrices
+struct GramBlock {  // batch of contiguous rows x cols matrices
   const void* j;
-  void* g;  // batch x rows x rows, double if wide, else float
   Element element;
-  int64_t batch, rows, cols;
+  int64_t cols;
+};
+struct GramTask {
+  const GramBlock* blocks;
+  int64_t count;
+  void* g;  // batch x rows x rows, double if wide, else float
+  int64_t batch, rows;
   bool wide;
 };
 
-// One group of rows times another, or itself, over columns [begin, end) of one matrix.
+// One group of rows times another, or itself, over columns [begin, end) of one matrix of one block.
 struct GramPiece {
   const void* j;
   Element element;
@@ -27,10 +32,13 @@ struct GramPiece {
   int64_t cols;
   int64_t row, rows, other, others;  // the groups: first row and count; other <= row
   int64_t begin, end;
+  bool add;  // to the sum that is there
 };
 struct GramSpace {
   int64_t sum, packed;  // bytes
 };
+constexpr int64_t kGramGroup = 256;  // rows that one piece takes
+constexpr int64_t kGramPieces = 32;  // of one matrix, where there are columns enough: work for that many threads
 GRADOPS_DECLARE(GramSpace, gram_space, int64_t rows, int64_t others, bool wide)
 GRADOPS_DECLARE(void, gram_sum, const GramPiece&, void* sum, void* packed)
 // g <- the sum of `slices` sums, `stride` bytes apart, and its mirror image. g: the whole matrix, size x size.

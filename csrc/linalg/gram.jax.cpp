@@ -14,7 +14,8 @@ static ffi::Error gram(ffi::AnyBuffer j, ffi::Result<ffi::AnyBuffer> g) {
   const int64_t size = m.batch * m.rows * m.rows;
   const std::unique_ptr<double[]> sums(rounded ? new double[size_t(size)] : nullptr);
   void* to = rounded ? sums.get() : g->untyped_data();
-  const gradops::GramTask task{j.untyped_data(), to, m.element, m.batch, m.rows, m.cols, true};
+  const gradops::GramBlock block{j.untyped_data(), m.element, m.cols};
+  const gradops::GramTask task{&block, 1, to, m.batch, m.rows, true};
   const std::unique_ptr<char[]> memory(new char[size_t(gradops::cpu::gram_workspace(task))]);
   gradops::cpu::gram(task, memory.get());
   if (rounded)

@@ -83,7 +83,8 @@ void sum_of(const GramPiece& t, T* sum, T* packed) {
   constexpr int W = kLanes<T>;
   const S* j = static_cast<const S*>(t.j);
   const Panels<T> out{sum, t.rows, t.others};
-  for (int64_t e = 0; e < out.size(); e += W) vec_at(sum + e) = Vec<T>{};
+  if (!t.add)
+    for (int64_t e = 0; e < out.size(); e += W) vec_at(sum + e) = Vec<T>{};
   for (int64_t begin = t.begin; begin < t.end; begin += kChunk) {
     const int64_t end = begin + kChunk < t.end ? begin + kChunk : t.end, depth = (end - begin + W - 1) / W * W;
     const Panels<T> a{packed, depth, t.rows}, b{t.row == t.other ? packed : packed + a.size(), depth, t.others};

@@ -55,7 +55,8 @@ void nuclear_scale(In m, In u, Out out) {
 }
 
 void gram(In j, Out g, bool wide) {
-  const gradops::GramTask task{j.data(), g.data(), element(j), batch(j), rows(j), cols(j), wide};
+  const gradops::GramBlock block{j.data(), element(j), cols(j)};
+  const gradops::GramTask task{&block, 1, g.data(), batch(j), rows(j), wide};
   const nb::gil_scoped_release unlock;
   const std::unique_ptr<char[]> memory(new char[size_t(gradops::cpu::gram_workspace(task))]);
   gradops::cpu::gram(task, memory.get());

@@ -1,4 +1,5 @@
 """Checks that public functions share; each error names the argument, what it was and what is expected."""
+from numbers import Real
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ def check_matrix(x: Any, name: str) -> None:
     check_floating(x, name)
     if x.dim() < 2:
         raise ValueError(f"{name} must have at least 2 dimensions (..., m, n), got shape {tuple(x.shape)}")
+
+
+def check_number(x: Any, name: str) -> None:
+    """x must be a real number."""
+    if not isinstance(x, Real):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
 
 
 def check_integers(x: Any, name: str) -> None:

@@ -78,7 +78,7 @@ def register(name: str, *, fake: Callable[..., Any], vmap: bool = True) -> Calla
 
 def _refuse_derivatives(op: Any) -> Callable[..., Any]:
     def kernel(keyset: Any, *args: Any) -> Any:
-        tensors = [a for a in args if isinstance(a, Tensor)]
+        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise RuntimeError(f"{op}: an input requires grad, but this op has no derivative of its own; "
                                "call the function of the same name in gradops, or detach the input")
@@ -93,7 +93,9 @@ def _refuse_derivatives(op: Any) -> Callable[..., Any]:
 
 def _in_front(op: Any) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        def put(a: Any, dim: int | None) -> Any:
+        def put(a: Any, dim: Any) -> Any:
+            if isinstance(a, (list, tuple)) and isinstance(dim, (list, tuple)):
+                return [put(t, d) for t, d in zip(a, dim, strict=True)]
             if not isinstance(a, Tensor):
                 return a
             return a.expand(info.batch_size, *a.shape) if dim is None else a.movedim(dim, 0)

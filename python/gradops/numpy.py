@@ -96,6 +96,8 @@ def gram(J: Array, *, accumulate: type[np.floating] = np.float64) -> Array:
         array([[25.,  3.],
                [ 3.,  1.]])
     """
+    if isinstance(J, (list, tuple)) and any(isinstance(x, np.ndarray) and x.ndim > 1 for x in J):
+        raise TypeError(f"J must be one array, got a {type(J).__name__} of them: add up their Gram matrices")
     J, dtype = _matrix(J, "J"), np.dtype(accumulate)
     if dtype not in (np.float64, np.float32):
         raise ValueError(f"accumulate must be np.float64 or np.float32, got {accumulate!r}")

@@ -29,7 +29,7 @@ def test_matches_float64(backend, shape, dtype, wide):
         return
     x = randn(*shape).to(device, dtype)
     before = x.clone()
-    g = ops.gram(x, wide)
+    g = ops.gram([x], wide)
     assert g.dtype == (torch.float64 if wide else torch.float32) and torch.equal(x, before)
     assert torch.equal(g, g.mT)
     # A sum of n products in the worst order: n roundings. Products of narrower numbers are exact in float64.
@@ -49,7 +49,7 @@ def test_groups_of_rows_and_slices_of_columns(shape, dtype, wide):
 def test_many_tiles_on_cuda(cuda_backend):
     device, ops = cuda_backend
     x = randn(130, 1100).float().to(device)  # 3 x 3 tiles, 3 slices
-    g = ops.gram(x, True)
+    g = ops.gram([x], True)
     assert torch.equal(g, g.mT)
     close(g, reference.gram(x), x, 2.0**-53 * 1100)
 
@@ -66,23 +66,35 @@ def test_blocks():
     x = randn(3, 20, 500).float()
     for parts in (x.split([100, 0, 399, 1], -1), list(x.split(64, -1))):
         close(gram(parts), reference.gram(x), x, 2.0**-53 * 500)
-    mixed = [x[..., :100], x[..., 100:200].bfloat16(), x[..., 200:].double()]
-    close(gram(mixed), reference.gram(mixed), x, 2.0**-53 * 500)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_blocks_in_one_call(backend, wide):
+    device, ops = backend
+    x = randn(2, 66, 700).to(device, torch.bfloat16)
+    parts = [x[..., :100].half(), x[..., 100:100], x[..., 100:640].float(), *x[..., 640:].split(2, -1)]  # 33 of them
+    if wide:
+        parts[2] = parts[2].double()
+    g = ops.gram(parts, wide)
+    assert torch.equal(g, g.mT) and all(torch.equal(g[i], ops.gram([p[i] for p in parts], wide)) for i in range(2))
+    close(g, reference.gram(x.double()), x, (2.0**-53 if wide else 2.0**-24) * 700)
+    with pytest.raises(RuntimeError, match="agree in all but their columns"):
+        ops.gram([x, x[:, :65]], wide)
 
 
 def test_batch_item_equals_single(backend):
     device, ops = backend
     x = randn(3, 20, 1200).float().to(device)
-    g = ops.gram(x, True)
-    assert all(torch.equal(g[i], ops.gram(x[i], True)) for i in range(3))
+    g = ops.gram([x], True)
+    assert all(torch.equal(g[i], ops.gram([x[i]], True)) for i in range(3))
 
 
 def test_nan_and_inf_stay_in_their_rows(backend):
     device, ops = backend
     x = randn(2, 20, 100).float().to(device)
-    want = ops.gram(x, True)
+    want = ops.gram([x], True)
     x[0, 3, 99], x[0, 19, 0] = torch.nan, torch.inf
-    g = ops.gram(x, True)
+    g = ops.gram([x], True)
     keep = torch.ones(20, dtype=torch.bool)
     keep[3] = keep[19] = False
     assert torch.equal(g[1], want[1]) and torch.equal(g[0][keep][:, keep], want[0][keep][:, keep])
@@ -93,7 +105,7 @@ def test_strided_input(backend):
     device, ops = backend
     x = randn(40, 64).float().to(device)
     for view in (x[::2], x[:, ::2], x.t(), x[:1].expand(5, 64)):
-        assert torch.equal(ops.gram(view, True), ops.gram(view.clone(), True))
+        assert torch.equal(ops.gram([view], True), ops.gram([view.clone()], True))
 
 
 def test_small_singular_values_survive():

@@ -51,12 +51,63 @@ def test_gram_outer_of_any_shape(samples, tokens, d, p, bias, mode):
 def test_blocks_of_bounded_size(small_blocks, mode):
     x, g = randn(7, 3, 11), randn(7, 3, 5, seed=1)
     close(linalg.gram_outer(x, g, mode=mode), reference.gram_outer(x, g))
+    if mode == "blocks":
+        close(_outer.add_blocks_by_torch(torch.zeros(7, 7).double(), x, g), reference.gram_outer(x, g, bias=False))
     x, g = randn(4, 2, 6, 5, 5), randn(4, 2, 4, 2, 3, seed=1)
     for groups in (1,) if mode == "pairs" else (1, 2):
         got = linalg.gram_conv2d(x, g, (3, 2), stride=(2, 2), padding=(0, 1), groups=groups, mode=mode)
         close(got, reference.gram_conv2d(x, g, (3, 2), stride=(2, 2), padding=(0, 1), groups=groups))
     i, g = torch.randint(0, 9, (5, 4)), randn(5, 4, 6)
     close(linalg.gram_embedding(i, g, 9, mode=mode), reference.gram_embedding(i, g, 9))
+
+
+@pytest.mark.parametrize("samples, tokens", [(70, (1, 2, 0)), (3, (1, 5, 33)), (1, (4,)), (0, (1, 2))])
+def test_layers_in_one_call(backend, samples, tokens):
+    """Groups of samples, tiles across them, tokens that divide nothing."""
+    device, ops = backend
+    x = [randn(samples, t, 3 + i, seed=i).to(device, DTYPES[i]) for i, t in enumerate(tokens)]
+    g = [randn(samples, t, 4 - i, seed=9 + i).to(device, DTYPES[i - 1]) for i, t in enumerate(tokens)]
+    bias = [i != 1 for i in range(len(x))]
+    want = sum(reference.gram_outer(a, b, bias=c) for a, b, c in zip(x, g, bias, strict=True))
+    close(ops.gram_outer(x, g, bias), want)
+
+
+def test_more_layers_than_a_launch_takes(backend):
+    device, ops = backend
+    x, g = randn(5, 2, 3).to(device), randn(5, 2, 4, seed=1).to(device)
+    close(ops.gram_outer([x] * 18, [g] * 18, [True] * 18), 18 * reference.gram_outer(x, g))
+
+
+def test_wide_layers_are_cut_into_slices(cuda_backend):
+    device, ops = cuda_backend
+    x, g = randn(3, 1, 1100).to(device), randn(3, 1, 4, seed=1).to(device)
+    close(ops.gram_outer([x], [g], [True]), reference.gram_outer(x, g))
+
+
+@pytest.mark.parametrize("shape", [(3, 600, 5), (2, 257, 1), (300, 1, 3), (20, 60, 4)])
+@pytest.mark.parametrize("mode", ["pairs", "blocks"])
+def test_many_tokens_and_many_samples(shape, mode):
+    x, g = randn(*shape), randn(*shape[:-1], 3, seed=1)
+    close(linalg.gram_outer(x, g, mode=mode), reference.gram_outer(x, g))
+
+
+def test_a_nan_stays_in_its_sample_of_its_layer(backend):
+    device, ops = backend
+    x, g = randn(4, 3, 5).to(device), randn(4, 3, 2, seed=1).to(device)
+    bad = x.clone()
+    bad[2, 1, 0] = torch.nan
+    got, want = ops.gram_outer([x, bad], [g, g], [True, True]), ops.gram_outer([x, x], [g, g], [True, True])
+    keep = torch.tensor([0, 1, 3])
+    assert got[2].isnan().all() and torch.equal(got[keep][:, keep], want[keep][:, keep])
+
+
+def test_layers_that_do_not_fit_together(backend):
+    device, ops = backend
+    x, g = randn(4, 3, 5).to(device), randn(4, 3, 2).to(device)
+    for args, match in [(([x], [g, g], [True]), "one entry per layer"), (([x], [g[:, :2]], [True]), "must be"),
+                        (([x, x[:3]], [g, g[:3]], [True] * 2), "must be")]:
+        with pytest.raises(RuntimeError, match=match):
+            ops.gram_outer(*args)
 
 
 def test_form_is_chosen_by_cost():

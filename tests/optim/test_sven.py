@@ -386,10 +386,15 @@ def test_bad_settings():
     for settings, message in [
         ({"kappa": 0.0}, "kappa must be > 0"), ({"momentum": 1.0}, "momentum must be in"), ({"lr": -1}, "lr must be"),
         ({"microbatch": 0}, "microbatch must be"), ({"filter": "soft"}, "filter must be one of"),
-        ({"rtol": 2.0}, "rtol must be in"), ({"k": -1}, "k must be None or"),
+        ({"rtol": 2.0}, "rtol must be in"), ({"k": -1}, "k must be None or"), ({"k": True}, "k must be None or"),
+        ({"kappa": float("inf")}, "kappa must be > 0 and finite"), ({"microbatch": True}, "microbatch must be"),
+        ({"power": float("nan")}, "power must be finite"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Sven(p, **settings)
+    for name in ("lr", "rtol", "kappa", "damping", "power", "momentum", "weight_decay"):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got str"):
+            Sven(p, **{name: "1"})
     with pytest.raises(ValueError, match="k must be the same in every group, got None and 3"):
         Sven([{"params": p}, {"params": [nn.Parameter(torch.ones(2))], "k": 3}])
 

@@ -1,27 +1,32 @@
 """What the Gram matrices of per-sample gradients share: blocks of bounded size, checks."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import isqrt
 
 import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating
+from .._op import register
 from .gram import gram
+
+_pairs = register("gram_outer", fake=lambda x, g, bias: x[0].new_empty(
+    (x[0].shape[0], x[0].shape[0]), dtype=torch.float64), vmap=False)
+_blocks = register("gram_outer_blocks", fake=lambda x, g: x.new_empty(
+    (x.shape[0], x.shape[0]), dtype=torch.float64), vmap=False)
 
 # Temporaries of one product are cut to about this many bytes; those of token pairs, which are small products that are
 # read again and again, to what a cache holds.
 MAX_BYTES, PAIR_BYTES = 2**26, 2**19
+# Rows up to which the CUDA kernel takes the products of all pairs of them: it writes them to memory.
+MAX_ROWS = 2048
 # Samples begin to end, as (tokens of all of them, features) in float64.
 Tokens = Callable[[int, int], Tensor]
 
 
-def add_product(out: Tensor, inner: Tensor, outer: Tensor, bias: bool) -> Tensor:
-    """out += outer * (inner + bias), entry by entry."""
-    return out.addcmul_(outer, inner + 1 if bias else inner)
-
-
 def pairs_pay(samples: int, tokens: int, d: int, p: int) -> bool:
-    return tokens**2 * (p + d) * samples < p * d * (samples + 2 * tokens)
+    """By the operations of the two forms; those of the first take a quarter longer."""
+    return tokens <= 1 or 4 * tokens**2 * (p + d) * samples < 5 * p * d * (samples + 2 * tokens)
 
 
 def add_pairs(out: Tensor, tokens: int, xs: Tokens, gs: Tokens, bias: bool,
@@ -52,8 +57,29 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return gram(a) if a is b else a @ b.mT
 
 
-def add_blocks(out: Tensor, x: Tensor, g: Tensor) -> None:
+def add_layers(out: Tensor, layers: Sequence[tuple[Tensor, Tensor, bool]]) -> Tensor:
+    """Of x (B, T, d) or (B, d), g alike and whether there is a bias; by token pairs, in one call of the kernel."""
+    xs, gs, biases = list[Tensor](), list[Tensor](), list[bool]()
+    for x, g, bias in layers:
+        x, g = (t if t.dim() == 3 else t[:, None] for t in (x, g))
+        if out.is_cpu or x.shape[0] * x.shape[1] <= MAX_ROWS:
+            xs, gs, biases = [*xs, x], [*gs, g], [*biases, bias]
+        else:
+            add_pairs(out, x.shape[1], partial(_rows, x), partial(_rows, g), bias)
+    return out.add_(_pairs(xs, gs, biases)) if xs else out
+
+
+def _rows(t: Tensor, begin: int, end: int) -> Tensor:
+    return t[begin:end].flatten(0, 1).double()
+
+
+def add_blocks(out: Tensor, x: Tensor, g: Tensor) -> Tensor:
     """The first form, without the bias: the gradients of a part of the weight for all samples at a time."""
+    return out.add_(_blocks(x, g)) if out.is_cpu else add_blocks_by_torch(out, x, g)
+
+
+def add_blocks_by_torch(out: Tensor, x: Tensor, g: Tensor) -> Tensor:
+    """For CUDA, where the kernel would be torch's products."""
     samples, tokens, d = x.shape
     p = g.shape[2]
     room = MAX_BYTES // 8 // max(1, samples)
@@ -63,6 +89,7 @@ def add_blocks(out: Tensor, x: Tensor, g: Tensor) -> None:
         part = g[:, :, r:r + rows].mT.double()
         for c in range(0, d, columns):
             out += gram((part @ x[:, :, c:c + columns].double()).flatten(1))
+    return out
 
 
 def check_pair(x: Tensor, g: Tensor) -> None:

@@ -1,16 +1,20 @@
 """What is made of each eigenvalue of a Gram matrix; the same for tensors and for NumPy's arrays."""
 from typing import Any
 
+from .._checks import check_number
+
 FILTERS = ("hard", "tikhonov", "smooth")
 
 
 def check_filter(k: int | None, rtol: float, atol: float = 0.0, filter: str = "hard", damping: float = 0.0,
                  power: float = 1.0) -> None:
-    if k is not None and (not isinstance(k, int) or k < 0):
+    if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 0):
         raise ValueError(f"k must be None or an integer >= 0, got {k!r}")
+    check_number(rtol, "rtol")
     if not 0 <= rtol < 1:
         raise ValueError(f"rtol must be in [0, 1), got {rtol}")
     for name, value in (("atol", atol), ("damping", damping), ("power", power)):
+        check_number(value, name)
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be finite and not negative, got {value}")
     if filter not in FILTERS:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .._checks import check_one_of
 from .._op import refuse_derivative
-from ._outer import add_blocks, add_pairs, add_product, check_out, check_pair, pairs_pay
+from ._outer import add_blocks, add_layers, check_out, check_pair, pairs_pay
 from .gram import gram
 
 
@@ -26,7 +26,7 @@ def gram_outer(x: Tensor, g: Tensor, *, bias: bool = True, mode: str = "auto", o
         g: ``(B, p)`` or ``(B, T, p)``, of any of these dtypes, on the device of ``x``.
         bias: the layer has a bias; without it the second term, the + 1, is left out.
         mode: ``"pairs"``, ``"blocks"``, or ``"auto"`` for token pairs where
-            :math:`T^2 (p + d) < p d (1 + 2 T / B)`.
+            :math:`T^2 (p + d) < 1.25\, p d\, (1 + 2 T / B)`.
         out: ``(B, B)``, float64; the Gram is **added** to it, as the sum over the layers of a network needs it.
 
     Returns:
@@ -37,8 +37,8 @@ def gram_outer(x: Tensor, g: Tensor, *, bias: bool = True, mode: str = "auto", o
         ValueError: shapes or devices do not fit, or ``mode`` is unknown.
         RuntimeError: a derivative is asked for.
 
-    Products and sums are made in float64; temporaries are cut to 64 MiB each. The pair form is the "ghost" trick of
-    Goodfellow, arXiv 1510.01799, and Li et al., arXiv 2110.05679, for pairs of samples.
+    Products and sums are made in float64; temporaries are cut to 64 MiB each, on CPU to 16 MiB. The pair form is the
+    "ghost" trick of Goodfellow, arXiv 1510.01799, and Li et al., arXiv 2110.05679, for pairs of samples.
 
     Example:
         >>> import torch
@@ -53,14 +53,8 @@ def gram_outer(x: Tensor, g: Tensor, *, bias: bool = True, mode: str = "auto", o
     samples = x.shape[0]
     out = check_out(out, samples, x)
     refuse_derivative("gram_outer", x=x, g=g, out=out)
-    if x.dim() == 3 and x.shape[1] == 1:
-        x, g = x[:, 0], g[:, 0]
-    if x.dim() == 2 and mode != "blocks":
-        return add_product(out, gram(x), gram(g), bias)
     x, g = (t if t.dim() == 3 else t[:, None] for t in (x, g))
-    tokens, d, p = x.shape[1], x.shape[2], g.shape[2]
-    if mode == "pairs" or (mode == "auto" and pairs_pay(samples, tokens, d, p)):
-        return add_pairs(out, tokens, lambda i, j: x[i:j].flatten(0, 1).double(),
-                         lambda i, j: g[i:j].flatten(0, 1).double(), bias)
+    if mode == "pairs" or (mode == "auto" and pairs_pay(samples, x.shape[1], x.shape[2], g.shape[2])):
+        return add_layers(out, [(x, g, bias)])
     add_blocks(out, x, g)
     return out.add_(gram(g.sum(1, dtype=torch.float64))) if bias else out

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .._checks import check_number
 from .layouts import check_layout, check_shape, from_matrices, to_matrices
 from .resume import ResumingOptimizer
 
@@ -248,7 +249,9 @@ def check_scalar(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must have one element, got a tensor of shape {tuple(value.shape)}")
-    elif not value >= 0:
+        return
+    check_number(value, name)
+    if not value >= 0:
         raise ValueError(f"{name} must be >= 0, got {value!r}")
 
 

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parameter import Parameter
 
 from .rules import CHECKED, Layout, build, check_module, has_rule, layouts, leaves, rows_first, units
-from .uses import Use
+from .uses import Use, gram_of
 
 
 @dataclass
@@ -224,10 +224,7 @@ def per_sample_gram(losses: Tensor, model: nn.Module) -> Tensor:
     if tape is None:
         raise RuntimeError("the model was not captured: make the losses under `with gradops.optim.capture(model)`")
     check_losses(losses)
-    gram = torch.zeros(2 * losses.shape, dtype=torch.float64, device=losses.device)
-    for use in tape.uses(losses, losses, retain_graph=True):
-        use.gram_(gram)
-    return gram
+    return gram_of(tape.uses(losses, losses, retain_graph=True), losses)
 
 
 def check_losses(losses: Any) -> None:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from .._checks import check_number
 from ..linalg import spectral_solve
 from ..linalg._spectrum import check_filter
 from .base import check_scalar, check_state_dtype, scalar, zeros_like_state
 from .capture import Tape, check_losses, watching
 from .resume import ResumingOptimizer
-from .uses import Targets, Use
+from .uses import Targets, Use, gram_of
 
 _OWN = ("lr", "weight_decay")  # what may differ from group to group
 
@@ -117,15 +118,18 @@ class Sven(ResumingOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in _OWN:
             check_scalar(name, group[name])
-        for name, value in self.param_groups[0].items():
+        for name, value in self.param_groups[0].items() if group is not self.param_groups[0] else ():
             if name not in (*_OWN, "params", "param_names", "initial_lr") and group.get(name, value) != value:
                 raise ValueError(f"{name} must be the same in every group, got {value!r} and {group[name]!r}")
-        if not group["kappa"] > 0:
-            raise ValueError(f"kappa must be > 0, got {group['kappa']!r}")
+        for name in ("kappa", "momentum"):
+            check_number(group[name], name)
+        if not 0 < group["kappa"] < float("inf"):
+            raise ValueError(f"kappa must be > 0 and finite, got {group['kappa']!r}")
         if not 0 <= group["momentum"] < 1:
             raise ValueError(f"momentum must be in [0, 1), got {group['momentum']!r}")
-        if not isinstance(group["microbatch"], int) or group["microbatch"] < 1:
-            raise ValueError(f"microbatch must be an integer >= 1, got {group['microbatch']!r}")
+        rows = group["microbatch"]
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            raise ValueError(f"microbatch must be an integer >= 1, got {rows!r}")
         check_filter(group["k"], group["rtol"], 0.0, group["filter"], group["damping"], group["power"])
         check_state_dtype(group["state_dtype"])
         for p in group["params"]:
@@ -150,9 +154,7 @@ class Sven(ResumingOptimizer):
         settings = self.param_groups[0]
         rows = _rows(losses, settings["kappa"], settings["microbatch"])
         uses = tape.uses(losses, rows)
-        gram = torch.zeros(2 * rows.shape, dtype=torch.float64, device=rows.device)
-        for use in uses:
-            use.gram_(gram)
+        gram = gram_of(uses, rows)
         mu = settings["momentum"]
         residual = rows.detach().double()
         if mu:

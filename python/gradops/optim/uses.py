@@ -22,10 +22,23 @@ from torch.nn.grad import conv2d_weight
 from torch.nn.parameter import Parameter
 
 from .. import linalg
+from ..linalg._outer import add_layers, pairs_pay
 
 # Per-sample gradients held at a time.
 MAX_BYTES = 2**28
 Targets = dict[Parameter, tuple[Tensor, Tensor]]
+
+
+def gram_of(uses: Sequence[Use], rows: Tensor) -> Tensor:
+    """J J^T of all of them; the linear layers that go by token pairs in one call."""
+    out = torch.zeros(2 * rows.shape, dtype=torch.float64, device=rows.device)
+    paired = [use for use in uses if isinstance(use, LinearUse) and use.by_pairs()]
+    if paired:
+        add_layers(out, [(use.x, use.g, use.bias is not None) for use in paired])
+    for use in uses:
+        if use not in paired:
+            use.gram_(out)
+    return out
 
 
 class Use:
@@ -134,6 +147,12 @@ class LinearUse(Use):
         x, g = (torch.cat([t.reshape(self.rows, -1, t.shape[-1]) for t in tensors], 1)
                 for tensors in zip((self.x, self.g), *((o.x, o.g) for o in others), strict=True))  # type: ignore[attr-defined]
         return LinearUse(x, g, self.weight, self.bias)
+
+    def by_pairs(self) -> bool:
+        if self.weight is None:
+            return False
+        tokens = self.x.shape[1] if self.x.dim() == 3 else 1
+        return pairs_pay(self.rows, tokens, self.x.shape[-1], self.g.shape[-1])
 
     def gram_(self, out: Tensor) -> None:
         if self.weight is None:

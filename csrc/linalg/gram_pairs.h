@@ -1,0 +1,22 @@
+// gram_pairs.h: how the lower triangle of a symmetric matrix is cut into pairs of groups of rows.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define GRADOPS_BOTH __host__ __device__
+#else
+#define GRADOPS_BOTH
+#endif
+
+namespace gradops {
+GRADOPS_BOTH constexpr int64_t up(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+struct Pair {
+  int64_t i, j;
+};
+GRADOPS_BOTH constexpr Pair pair_of(int64_t n) {  // the n-th of (0, 0), (1, 0), (1, 1), (2, 0), ...
+  int64_t i = 0;
+  while (n > i) n -= ++i;
+  return {i, n};
+}
+}  // namespace gradops
