@@ -94,6 +94,43 @@ def split_aux(out: Any, has_aux: bool, name: str = "f") -> tuple[Any, Any]:
     return out
 
 
+def nodes(root: Any) -> Iterator[Any]:
+    """Every node of the graph behind `root`."""
+    seen, stack = {root}, [root]
+    while stack:
+        node = stack.pop()
+        yield node
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+
+
+def _guard(loss: Tensor) -> None:
+    """A backward pass that autograd does not see (`once_differentiable`, a raw kernel) counts as a constant and would
+    give zeros. The gradient of the loss is seeded with a number that requires grad, so that every honest result of
+    such a node does too."""
+    for node in nodes(loss.grad_fn):
+        if isinstance(node, torch.autograd.function.BackwardCFunction) or "CppNode" in node.name():
+            node.register_hook(_refuse_constants(node.name()))
+
+
+def _refuse_constants(name: str) -> Callable[..., None]:
+    def hook(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+        if any(g is not None and g.requires_grad for g in outputs):
+            for g in inputs:
+                if g is None:
+                    continue
+                if g.grad_fn is not None and g.grad_fn.name() == "torch::autograd::Error":
+                    raise RuntimeError(f"{name}: its backward pass is marked with once_differentiable, so the loss has "
+                                       "no Hessian here; write the backward pass in torch operations")
+                if not g.requires_grad and bool((g != 0).any()):
+                    raise RuntimeError(f"{name}: its backward pass has no derivative of its own, so the Hessian would "
+                                       "silently lack a part; write the backward pass in torch operations")
+
+    return hook
+
+
 class Gradient:
     """The loss and its gradient with the graph that a second backward pass needs."""
 
@@ -103,7 +140,9 @@ class Gradient:
             self._leaves = [p.requires_grad_() for p in leaves(self.params)]
             loss, self.aux = split_aux(function(self.params.build(self._leaves)), has_aux)
             self._check(loss)
-            grads = torch.autograd.grad(loss.reshape(()), self._leaves, create_graph=True, allow_unused=True)
+            _guard(loss)
+            seed = torch.ones_like(loss, requires_grad=True)
+            grads = torch.autograd.grad(loss, self._leaves, seed, create_graph=True, allow_unused=True)
         if all(g is None for g in grads):
             raise ValueError("the loss depends on none of params: f must compute it from its argument")
         self.loss = loss.detach()

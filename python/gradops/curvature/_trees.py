@@ -18,14 +18,14 @@ class Tree:
         pairs, self.spec = pytree.tree_flatten_with_path(tree)
         self.names = [name + pytree.keystr(path) for path, _ in pairs]
         self.tensors: list[Tensor] = [t for _, t in pairs]
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError("products are made of autograd's own calls and must be taken outside of torch.func "
+                               "transforms (grad, jvp, vmap)")
         if not pairs:
             raise ValueError(f"{name} must hold at least one tensor, got {tree!r}")
         seen: dict[int, str] = {}
         for t, leaf in zip(self.tensors, self.names, strict=True):
             check_floating(t, leaf)
-            if torch._C._functorch.is_functorch_wrapped_tensor(t):
-                raise TypeError(f"{leaf} is inside of a torch.func transform (grad, jvp, vmap); products are made of "
-                                "autograd's own calls and must be taken outside of it")
             if id(t) in seen:
                 raise ValueError(f"{leaf} is the same tensor as {seen[id(t)]}: give a shared parameter once, as "
                                  "named_parameters() does")

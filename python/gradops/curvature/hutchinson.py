@@ -45,7 +45,7 @@ def hutchinson_trace(matvec: Callable[[Any], Any], n: int, *, like: Any = None,
         >>> hutchinson_trace(lambda v: 2 * v, 4, like=torch.zeros(5)).value
         tensor(10., dtype=torch.float64)
     """
-    tree, mean, spread = _moments(matvec, n, like, generator, "hutchinson_trace", _inner)
+    mean, spread = _moments(matvec, n, template(matvec, like, "hutchinson_trace"), generator, _inner)
     return TraceEstimate(mean[0], _error(spread[0], n))
 
 
@@ -67,7 +67,8 @@ def hutchinson_diag(matvec: Callable[[Any], Any], n: int, *, like: Any = None,
         >>> hutchinson_diag(lambda v: torch.arange(3.0) * v, 2, like=torch.zeros(3)).value
         tensor([0., 1., 2.])
     """
-    tree, mean, spread = _moments(matvec, n, like, generator, "hutchinson_diag", _products)
+    tree = template(matvec, like, "hutchinson_diag")
+    mean, spread = _moments(matvec, n, tree, generator, _products)
     return DiagonalEstimate(tree.build(mean), tree.build([_error(s, n) for s in spread]))
 
 
@@ -83,10 +84,11 @@ def _error(spread: Tensor, n: int) -> Tensor:
     return (spread / (n - 1) / n).sqrt() if n > 1 else torch.full_like(spread, torch.nan)
 
 
-def _moments(matvec: Callable[[Any], Any], n: int, like: Any, generator: torch.Generator | None, function: str,
-             statistic: Callable[[list[Tensor], list[Tensor]], list[Tensor]]) -> tuple[Tree, list[Tensor], list[Tensor]]:
+def _moments(
+    matvec: Callable[[Any], Any], n: int, tree: Tree, generator: torch.Generator | None,
+    statistic: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Means, and sums of squares about them, by Welford's recurrence: a small spread is not lost in a large mean."""
-    tree = template(matvec, like, function)
     check_count(n, "n")
     mean: list[Tensor] = []
     spread: list[Tensor] = []
@@ -100,4 +102,4 @@ def _moments(matvec: Callable[[Any], Any], n: int, like: Any, generator: torch.G
             d = x - m
             m += d / (i + 1)
             s += d * (x - m)
-    return tree, mean, spread
+    return mean, spread

@@ -131,7 +131,9 @@ def slq_density(matvec: Callable[[Any], Any], k: int = 64, n_vectors: int = 8, *
     return SpectralDensity(points, bumps @ weights.flatten() / n_vectors, nodes, weights)
 
 
-def _tridiagonal(matvec: Callable[[Any], Any], k: int, tree: Tree, start: Tensor) -> tuple[Tensor, Tensor, float, Tensor]:
+def _tridiagonal(
+    matvec: Callable[[Any], Any], k: int, tree: Tree, start: Tensor
+) -> tuple[Tensor, Tensor, float, Tensor]:
     """Eigenvalues and eigenvectors of T in float64 on the CPU, the last beta, and the basis (steps, n)."""
     n = start.numel()
     if k > n:

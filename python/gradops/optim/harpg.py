@@ -95,16 +95,17 @@ class HARPG(RecursiveOptimizer):
         same structure; the first step may go without. `closure` makes the gradients and returns the loss."""
         products: dict[Tensor, Tensor] = {}
         if hvp is not None:
-            names = self._names() or list(range(len(self._params())))
-            if not isinstance(hvp, (dict, list, tuple)) or (isinstance(hvp, dict) != bool(self._names())):
-                raise TypeError(f"hvp must be a {'dict by name' if self._names() else 'list'}, as interpolate() gives "
-                                f"it, got {type(hvp).__name__}")
-            if len(hvp) != len(names) or (isinstance(hvp, dict) and set(hvp) != set(names)):
-                raise ValueError(f"hvp must have one tensor for each of {len(names)} parameters, got {len(hvp)}")
-            for name, p in zip(names, self._params(), strict=True):
-                if hvp[name].shape != p.shape:
-                    raise ValueError(f"hvp[{name!r}] must have shape {tuple(p.shape)}, got {tuple(hvp[name].shape)}")
-                products[p] = hvp[name]
+            own, params = self._names(), self._params()
+            if not isinstance(hvp, dict if own else (list, tuple)):
+                raise TypeError(f"hvp must be a {'dict by name' if own else 'list'}, as interpolate() gives it, got "
+                                f"{type(hvp).__name__}")
+            if len(hvp) != len(params) or (own and set(hvp) != set(own)):
+                raise ValueError(f"hvp must have one tensor for each of {len(params)} parameters, got {len(hvp)}")
+            products = dict(zip(params, [hvp[n] for n in own] if own else hvp, strict=True))
+            for i, (p, product) in enumerate(products.items()):
+                if product.shape != p.shape:
+                    raise ValueError(f"hvp[{own[i] if own else i!r}] must have shape {tuple(p.shape)}, got "
+                                     f"{tuple(product.shape)}")
         elif any(p in self.state for p in self._params()):
             raise ValueError("hvp must be given after the first step: the product of the Hessian with what "
                              "interpolate() yields")
