@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._checks import check_floating, check_one_of
-from ._functions import Gradient, leaves, nodes, recording, resolve
+from ._functions import Gradient, leaves, recording, resolve
 
 # From the model's outputs z and their change u = J v to the cotangent of z.
 Curvature = Callable[[Tensor, Tensor], Tensor]
@@ -122,7 +122,6 @@ def _product(model_fn: Any, params: Any, v: Any, curvature: Curvature) -> Any:
             u = torch.zeros_like(z) if u is None else u.detach()
             del duals, out
         # What the graph saved has no tangents any more, so that this is a plain backward pass.
-        _refuse_custom_ops(z)
         with torch.no_grad():
             w = curvature(z.detach(), u)
         products = torch.autograd.grad(z, points, w, allow_unused=True)
@@ -160,12 +159,3 @@ def _sampled(z: Tensor, u: Tensor, likelihood: str, samples: int, generator: tor
 
 def _hessian_of(loss_fn: Callable[[Tensor], Tensor], z: Tensor, u: Tensor) -> Tensor:
     return Gradient(loss_fn, z, has_aux=False).product([u], keep=False)[0]
-
-
-def _refuse_custom_ops(z: Tensor) -> None:
-    """Operations made by torch.library.custom_op drop tangents silently; their outputs would count as constants."""
-    for node in nodes(z.grad_fn):
-        if node.name().startswith("GeneratedBackwardFor"):
-            raise RuntimeError(f"an operation of the model ({node.name()}) was made by torch.library.custom_op, which "
-                               "drops forward-mode derivatives; use hvp, or write the operation as an "
-                               "autograd.Function with a jvp")

@@ -145,8 +145,9 @@ def _tridiagonal(
     scale, beta = 0.0, 0.0
     for j in range(k):
         w = flat(matvec(unflat(basis[j], tree)), tree)
-        scale = max(scale, float(torch.linalg.vector_norm(w)))
-        if not math.isfinite(scale):
+        norm = float(torch.linalg.vector_norm(w))
+        scale = max(scale, norm)
+        if not math.isfinite(norm):
             raise ValueError(f"matvec returned values that are not finite, at step {j}")
         known = basis[: j + 1]
         first = known @ w
