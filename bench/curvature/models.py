@@ -128,6 +128,22 @@ def error_of(exact: Callable[[], Tensor]) -> Callable[[Any], float]:
     return lambda result: float("nan") if result is None else measured(result)
 
 
+def linear_operator(p: Problem, name: str) -> dict[str, Callable[[], Any]]:
+    """That of curvlinops, where it is installed and takes the model."""
+    if not find_spec("curvlinops"):
+        return {}
+    import curvlinops
+
+    parameters, data = list(p.model.parameters()), [(p.x, p.y)]
+    operator = getattr(curvlinops, name)(p.model, nn.CrossEntropyLoss(), parameters, data, check_deterministic=False)
+    v = flat(p.v)
+    try:
+        operator @ v
+    except NotImplementedError:  # silu under its no_grad
+        return {}
+    return {"curvlinops": lambda: operator @ v}
+
+
 def hessian(p: Problem) -> Case:
     names, tensors = list(p.params), tuple(p.params.values())
 
@@ -136,14 +152,7 @@ def hessian(p: Problem) -> Case:
         return flat(torch.autograd.functional.hvp(f, tensors, tuple(p.v.values()))[1])
 
     peers: dict[str, Callable[[], Any]] = {"autograd.functional.hvp": functional}
-    if find_spec("curvlinops"):
-        from curvlinops import HessianLinearOperator
-
-        parameters = list(p.model.parameters())
-        operator = HessianLinearOperator(p.model, nn.CrossEntropyLoss(), parameters, [(p.x, p.y)],
-                                         check_deterministic=False)
-        v = flat(p.v)
-        peers["curvlinops"] = lambda: operator @ v
+    peers |= linear_operator(p, "HessianLinearOperator")
     peers["gradient"] = lambda: gradient(p)() and None
     return Case(
         "hvp", p.shape, torch.float32,
@@ -177,15 +186,7 @@ def gauss_newton(p: Problem) -> Case:
         w = jvp(grad(loss), (z,), (u,))[1]
         return flat(vjp(p.outputs, p.params)[1](w)[0])
 
-    peers: dict[str, Callable[[], Any]] = {}
-    if find_spec("curvlinops"):
-        from curvlinops import GGNLinearOperator
-
-        parameters = list(p.model.parameters())
-        operator = GGNLinearOperator(p.model, nn.CrossEntropyLoss(), parameters, [(p.x, p.y)],
-                                     check_deterministic=False)
-        v = flat(p.v)
-        peers["curvlinops"] = lambda: operator @ v
+    peers = linear_operator(p, "GGNLinearOperator")
     peers["gradient"] = lambda: gradient(p)() and None
     exact = to_double(p, lambda outputs, params, v: curvature.ggnvp(outputs, "cross_entropy", params, v))
     return Case(

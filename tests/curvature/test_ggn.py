@@ -33,7 +33,7 @@ def close(a, b):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_named_losses(problem, reduction):
-    f, params, y, J, z = problem
+    f, params, _y, J, z = problem
     v = random_like(params)
     n = len(z) if reduction == "mean" else 1
     close(flat(ggnvp(f, "cross_entropy", params, v, reduction=reduction)), expected(J, softmax_fisher(z) / n, flat(v)))

@@ -44,7 +44,8 @@ def test_linearized_gradient(problem):
     together = lin({name: torch.stack([v[name] for v in vs]) for name in params})
     for k, Hv in enumerate(one_by_one):
         assert torch.equal(flat({n: t[k] for n, t in together.items()}), flat(Hv))
-    assert all(t.shape == (0, *params[n].shape) for n, t in lin({n: p.new_empty(0, *p.shape) for n, p in params.items()}).items())
+    none = lin({name: p.new_empty(0, *p.shape) for name, p in params.items()})
+    assert all(t.shape == (0, *params[name].shape) for name, t in none.items())
 
 
 def test_symmetric_in_float32():
@@ -74,7 +75,7 @@ def test_kinds_of_pytrees():
 def test_aux(problem):
     _, params, f, _ = problem
     v = random_like(params)
-    value, Hv, aux = hvp(lambda p: (f(p), "seen"), params, v, has_aux=True)
+    _value, Hv, aux = hvp(lambda p: (f(p), "seen"), params, v, has_aux=True)
     assert aux == "seen" and torch.equal(flat(Hv), flat(hvp(f, params, v)[1]))
     assert linearize_grad(lambda p: (f(p), 7), params, has_aux=True).aux == 7
     with pytest.raises(TypeError, match="has_aux=True"):
@@ -177,7 +178,7 @@ def test_compile():
 def test_checkpointed_model_and_nan(problem):
     from torch.utils.checkpoint import checkpoint
 
-    model, params, f, H = problem
+    model, params, _f, H = problem
     x, y = data()
     v = random_like(params)
     recomputed = lambda m: F.cross_entropy(m[3](checkpoint(m[:3], x, use_reentrant=False)), y)
@@ -230,9 +231,9 @@ def test_no_second_derivative_is_an_error():
 def test_bad_arguments(problem):
     _, params, f, _ = problem
     v, x = random_like(params), torch.ones(2)
-    with pytest.raises(TypeError, match=r"v\['0.weight'\] must have the dtype of params\['0.weight'\], torch.float64, got torch.float32"):
+    with pytest.raises(TypeError, match=r"v\['0.weight'\] must have the dtype of params\['0.weight'\], torch.float64"):
         hvp(f, params, v | {"0.weight": v["0.weight"].float()})
-    with pytest.raises(ValueError, match=r"v\['0.bias'\] must have the shape of params\['0.bias'\], \(6,\), got \(5,\)"):
+    with pytest.raises(ValueError, match=r"v\['0.bias'\] must have the shape of params\['0.bias'\], \(6,\)"):
         hvp(f, params, v | {"0.bias": v["0.bias"][:5]})
     with pytest.raises(ValueError, match=r"structure of params; they differ in \['more'\]"):
         hvp(f, params, v | {"more": x})

@@ -84,7 +84,7 @@ def test_density(problem):
     assert (out.density - true).abs().max() < 0.15 * true.max()
     again = slq_density(lambda v: A @ v, 60, 20, like=A[0], grid=out.grid, sigma=sigma, generator=generator())
     assert torch.equal(out.density, again.density)
-    lin, H = problem
+    lin, _H = problem
     out = slq_density(lin, 16, 2, generator=generator())
     assert out.nodes.shape == (2, 16) and abs(out.weights.sum(1) - 1).max() < 1e-12
     assert slq_density(lambda v: v, 8, 1, like=exact).nodes.isfinite().all()

@@ -44,7 +44,8 @@ def run(opt, params, A, x0, steps=6, start=0, names=None):
             point = join(params).double()
             delta = join(change.values() if names else change).double()
             # A Hessian that depends on the point, so that b matters.
-            product = [h.to(p.dtype) for h, p in zip(split(sign * (A @ delta + 0.1 * point * delta)), params, strict=True)]
+            exact = split(sign * (A @ delta + 0.1 * point * delta))
+            product = [h.to(p.dtype) for h, p in zip(exact, params, strict=True)]
         set_grads(params, sign * (A @ (join(params).double() - x0) + noise(t)))
         opt.step(hvp=dict(zip(names, product, strict=True)) if names else product)
     return join(params)

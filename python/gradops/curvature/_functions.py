@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
 from .._checks import check_tensor
@@ -132,9 +133,10 @@ def _refuse_constants(name: str) -> Callable[..., None]:
 
 
 class Gradient:
-    """The loss and its gradient with the graph that a second backward pass needs."""
+    """The loss and its gradient with the graph that a second backward pass needs; the gradient's values only on
+    demand, since products go on from its edges."""
 
-    def __init__(self, f: Any, params: Any, has_aux: bool) -> None:
+    def __init__(self, f: Any, params: Any, has_aux: bool, *, values: bool) -> None:
         function, self.params = resolve(f, params)
         with recording():
             self._leaves = [p.requires_grad_() for p in leaves(self.params)]
@@ -146,8 +148,11 @@ class Gradient:
         if all(g is None for g in grads):
             raise ValueError("the loss depends on none of params: f must compute it from its argument")
         self.loss = loss.detach()
-        self._with_graph = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        self.grads = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, self._leaves, strict=True)]
+        self._edges = [(i, get_gradient_edge(g)) for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        self.grads: list[Tensor] = []
+        if values:
+            pairs = zip(grads, self._leaves, strict=True)
+            self.grads = [torch.zeros_like(p) if g is None else g.detach() for g, p in pairs]
 
     @staticmethod
     def _check(loss: Any) -> None:
@@ -161,11 +166,11 @@ class Gradient:
 
     def product(self, v: list[Tensor], keep: bool) -> list[Tensor]:
         """H v. Without `keep` the graph is freed on the way."""
-        if not self._with_graph:  # linear in every parameter
+        if not self._edges:  # linear in every parameter
             return [torch.zeros_like(p) for p in self._leaves]
         with recording():
             products = torch.autograd.grad(
-                [g for _, g in self._with_graph], self._leaves, [v[i] for i, _ in self._with_graph],
+                [edge for _, edge in self._edges], self._leaves, [v[i] for i, _ in self._edges],
                 retain_graph=keep, allow_unused=True,
             )  # fmt: skip
         return [torch.zeros_like(p) if h is None else h for h, p in zip(products, self._leaves, strict=True)]

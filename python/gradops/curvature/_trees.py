@@ -58,9 +58,8 @@ class Tree:
                 count = t.shape[0]
             shape = p.shape if count is None else (count, *p.shape)
             if t.shape != shape:
-                raise ValueError(f"{leaf} must have the shape of {own}, {tuple(p.shape)}"
-                                 f"{'' if count is None else f', behind a first axis of {count} as in the other leaves'}"
-                                 f", got {tuple(t.shape)}")
+                behind = "" if count is None else f", behind a first axis of {count} as in the other leaves"
+                raise ValueError(f"{leaf} must have the shape of {own}, {tuple(p.shape)}{behind}, got {tuple(t.shape)}")
             vectors.append(t.detach())
         return vectors, count
 

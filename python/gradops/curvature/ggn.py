@@ -158,4 +158,4 @@ def _sampled(z: Tensor, u: Tensor, likelihood: str, samples: int, generator: tor
 
 
 def _hessian_of(loss_fn: Callable[[Tensor], Tensor], z: Tensor, u: Tensor) -> Tensor:
-    return Gradient(loss_fn, z, has_aux=False).product([u], keep=False)[0]
+    return Gradient(loss_fn, z, has_aux=False, values=False).product([u], keep=False)[0]

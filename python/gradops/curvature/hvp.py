@@ -51,8 +51,10 @@ def hvp(f: Any, params: Any, v: Any, *, has_aux: bool = False) -> Any:
         >>> hvp(lambda x: x[0] ** 2 * x[1], x, torch.tensor([1.0, 0.0]))
         (tensor(2.), tensor([4., 2.]))
     """
-    loss, _, Hv, *aux = grad_and_hvp(f, params, v, has_aux=has_aux)
-    return loss, Hv, *aux
+    vector = resolve(f, params)[1].vector(v)[0]
+    g = Gradient(f, params, has_aux, values=False)
+    out = g.loss, g.params.build(g.product(vector, keep=False))
+    return (*out, g.aux) if has_aux else out
 
 
 @torch.compiler.disable
@@ -68,7 +70,7 @@ def grad_and_hvp(f: Any, params: Any, v: Any, *, has_aux: bool = False) -> Any:
         (tensor(9.), tensor([ 3., 12.]), tensor([ 6., 12.]))
     """
     vector = resolve(f, params)[1].vector(v)[0]
-    g = Gradient(f, params, has_aux)
+    g = Gradient(f, params, has_aux, values=True)
     out = g.loss, g.params.build(g.grads), g.params.build(g.product(vector, keep=False))
     return (*out, g.aux) if has_aux else out
 
@@ -77,7 +79,7 @@ class LinearizedGrad:
     """The gradient of a loss at one point, kept so that products with the Hessian are cheap: see `linearize_grad`."""
 
     def __init__(self, f: Any, params: Any, has_aux: bool) -> None:
-        self._gradient = Gradient(f, params, has_aux)
+        self._gradient = Gradient(f, params, has_aux, values=True)
         self._params: Tree = self._gradient.params
         self.loss: Tensor = self._gradient.loss
         self.grad: Any = self._params.build(self._gradient.grads)

@@ -101,7 +101,8 @@ class HARPG(RecursiveOptimizer):
                                 f"{type(hvp).__name__}")
             if len(hvp) != len(params) or (own and set(hvp) != set(own)):
                 raise ValueError(f"hvp must have one tensor for each of {len(params)} parameters, got {len(hvp)}")
-            products = dict(zip(params, [hvp[n] for n in own] if own else hvp, strict=True))
+            given: Any = hvp
+            products = dict(zip(params, [given[n] for n in own] if own else given, strict=True))
             for i, (p, product) in enumerate(products.items()):
                 if product.shape != p.shape:
                     raise ValueError(f"hvp[{own[i] if own else i!r}] must have shape {tuple(p.shape)}, got "
