@@ -5,6 +5,10 @@ constants, all episodes of a batch at once. The policy is a perceptron; the retu
 its greatest value. HARPG spends half of its episodes on Hessian-vector products at a point between the last two
 parameters, N-PG-IGT all of them on gradients ahead of the parameters.
 
+Learning rates are the best of a small sweep. Episodes are long and few, so that a product with the Hessian, in which
+every gradient is multiplied with the score of its whole episode, is noisy: steps must be short, and the corrected
+methods do not catch up with REINFORCE on a task as easy as this one. Normalised steps bear the noise far better.
+
     python examples/harpg/cartpole.py
 """
 import argparse
