@@ -2,10 +2,12 @@
 
 from .adamw import AdamW
 from .capture import capture, per_sample_gram
+from .harpg import HARPG
 from .hybrid import HybridPolarGradM
 from .layouts import to_matrices
 from .mixed import SymmetryOptimizer
 from .muon import Muon
+from .nigt import NPGIGT
 from .one_sided import LeftPolarGradM, RightPolarGradM
 from .polargrad import PolarGrad
 from .row_norm import RowNormM
@@ -13,6 +15,8 @@ from .sven import Sven, SvenInfo
 from .symmetry import symmetry_param_groups
 
 __all__ = [
+    "HARPG",
+    "NPGIGT",
     "AdamW",
     "HybridPolarGradM",
     "LeftPolarGradM",
