@@ -127,10 +127,25 @@ inline void append(const ColumnScan& t, int64_t i, int64_t j) {
   t.index[to] = int32_t(i);
   if (t.value) t.value[to] = t.alpha[i] - cost_at(t.cost, i, j);
 }
-// Out of line: it is rare, and its variables would push those of the search out of the registers.
-[[gnu::noinline]] void append_bits(const ColumnScan& t, int64_t i, int64_t j, int64_t end, uint64_t bits) {
-  for (; bits; bits &= bits - 1)
-    if (const int64_t column = j + __builtin_ctzll(bits); column < end) append(t, i, column);
+// The wanted columns of a tile; c: its costs. Out of line: it is rare, and its variables would push those of the search
+// out of the registers.
+template <class C>
+[[gnu::noinline]] void append_bits(const ColumnScan& t, int64_t i, int64_t j, int64_t end, const C* c, uint64_t bits) {
+  const bool exact = t.cost.matrix && t.value;  // distances of points were rounded on the way
+  const double alpha = t.alpha[i];
+  for (; bits; bits &= bits - 1) {
+    const int l = __builtin_ctzll(bits);
+    const int64_t column = j + l;
+    if (column >= end) break;
+    if (!exact) {
+      append(t, i, column);
+      continue;
+    }
+    const int64_t at = t.count[column]++, to = column * t.capacity + at;
+    if (at >= t.capacity) continue;
+    t.index[to] = int32_t(i);
+    t.value[to] = alpha - double(c[l]);
+  }
 }
 
 // The wanted columns of one row. Where most tiles have some, a branch for each would be guessed wrong half the time:
@@ -190,7 +205,7 @@ void collect(const ColumnScan& t, int64_t begin, int64_t end) {
         const uint64_t bits = wanted(c, alpha, low + (j - begin));
         if (!bits) return;
         hits.count += __builtin_popcountll(bits);
-        append_bits(t, i, j, end, bits);
+        append_bits(t, i, j, end, c, bits);
       });
   hits.next(t, -1, begin, end);
 }
