@@ -82,7 +82,7 @@ if [[ -n $sanitizer ]]; then
 else
   echo "memcheck, racecheck: not run, no compute-sanitizer here" | tee -a "$OUT/stages.txt"
 fi
-for family in rl linalg optim ot quant; do
+for family in rl linalg optim ot quant curvature; do
   stage "bench-$family" 90 "$VENV/bin/gradops" bench $family --device cuda --json "$OUT/$family.json" --plot "$OUT/$family.png"
 done
 finish
