@@ -3,11 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define GRADOPS_PHILOX __host__ __device__ inline
-#else
-#define GRADOPS_PHILOX inline
-#endif
+#include "common/host_device.h"
 
 namespace gradops {
 namespace {
@@ -16,7 +12,7 @@ struct Philox {
   uint32_t word[4];
 };
 
-GRADOPS_PHILOX Philox philox(uint64_t key, uint64_t counter) {
+GRADOPS_BOTH inline Philox philox(uint64_t key, uint64_t counter) {
   Philox x{{uint32_t(counter), uint32_t(counter >> 32), 0, 0}};
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -29,7 +25,7 @@ GRADOPS_PHILOX Philox philox(uint64_t key, uint64_t counter) {
 }
 
 // The i-th number of the key's stream: 52 random bits, strictly between 0 and 1.
-GRADOPS_PHILOX double philox_uniform(uint64_t key, int64_t i) {
+GRADOPS_BOTH inline double philox_uniform(uint64_t key, int64_t i) {
   const Philox x = philox(key, uint64_t(i) / 2);
   const uint32_t high = x.word[i % 2 * 2], low = x.word[i % 2 * 2 + 1];
   return (double(high >> 6) * 0x1p26 + double(low >> 6) + 0.5) * 0x1p-52;

@@ -2,11 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define GRADOPS_BOTH __host__ __device__
-#else
-#define GRADOPS_BOTH
-#endif
+#include "common/host_device.h"
 
 namespace gradops {
 GRADOPS_BOTH constexpr int64_t up(int64_t n, int64_t d) { return (n + d - 1) / d; }

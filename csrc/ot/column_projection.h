@@ -19,7 +19,7 @@ namespace {
 
 // Moves the `keep` largest x, ties to the lowest row, to the front without changing their order; rows ascend.
 // Returns the least of them.
-GRADOPS_OT double keep_largest(double* x, int32_t* row, int64_t count, int64_t keep) {
+GRADOPS_SHARED double keep_largest(double* x, int32_t* row, int64_t count, int64_t keep) {
   // Hoare's selection on a copy would need memory: bisect by rank instead. `above` entries are > pivot.
   double low = x[0], high = x[0];
   for (int64_t i = 1; i < count; ++i) {
@@ -58,8 +58,8 @@ GRADOPS_OT double keep_largest(double* x, int32_t* row, int64_t count, int64_t k
 // x[0 .. count): values, finite or -infinity, of rows in ascending order; max_nz >= 1. Afterwards x[0 .. kept) are
 // the positive weights and row[0 .. kept) their rows, ascending. O(count) a turn, a few turns. If candidates are all
 // entries above `low`, the result is exact where tau >= low or smallest >= low.
-GRADOPS_OT ProjectedColumn project_column(double* x, int32_t* row, int64_t count, int64_t max_nz, double reg,
-                                          double mass) {
+GRADOPS_SHARED ProjectedColumn project_column(double* x, int32_t* row, int64_t count, int64_t max_nz, double reg,
+                                              double mass) {
   const double infinity = __builtin_inf();
   double largest = -infinity, smallest = -infinity;
   for (int64_t i = 0; i < count; ++i) largest = x[i] > largest ? x[i] : largest;

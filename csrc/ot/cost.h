@@ -6,16 +6,10 @@
 
 #include "common/element.h"
 
-#if defined(__CUDACC__) || defined(GRADOPS_CUDA_EMU)
-#include "common/cuda_launch.h"
-#define GRADOPS_OT __host__ __device__ inline
-#else
-#define GRADOPS_OT [[gnu::always_inline]] inline
-#endif
 #if defined(__CUDACC__)  // a function of its own: inlined everywhere it takes ptxas long
 #define GRADOPS_OT_CALL __host__ __device__ __noinline__
 #else
-#define GRADOPS_OT_CALL GRADOPS_OT
+#define GRADOPS_OT_CALL GRADOPS_SHARED
 #endif
 
 namespace gradops {
@@ -30,7 +24,7 @@ struct Cost {          // of one problem
 namespace {
 
 // Number i of an array, exactly.
-GRADOPS_OT double stored_number(Element e, const void* p, int64_t i) {
+GRADOPS_SHARED double stored_number(Element e, const void* p, int64_t i) {
   if (e == Element::f64) return static_cast<const double*>(p)[i];
   if (e == Element::f32) return double(static_cast<const float*>(p)[i]);
   const uint32_t half = static_cast<const uint16_t*>(p)[i];

@@ -16,28 +16,28 @@ struct Relaxation {
   bool failed = false;  // the last step was the end of a run in which the error did not shrink
 
   // With the errors of rows and columns that an iteration at omega met.
-  GRADOPS_OT void observe(double rows, double columns) {
+  GRADOPS_SHARED void observe(double rows, double columns) {
     failed = false;
     omega == 1 ? plain(rows) : stretched(rows + columns);
   }
-  GRADOPS_OT void stop() {  // back to exact column sums
+  GRADOPS_SHARED void stop() {  // back to exact column sums
     omega = 1, steady_ = 0, last_ = 0;
   }
 
  private:
-  GRADOPS_OT static double best(double lambda) { return lambda < 1 ? 2 / (1 + std::sqrt(1 - lambda)) : 2; }
-  GRADOPS_OT void begin(double to) {
+  GRADOPS_SHARED static double best(double lambda) { return lambda < 1 ? 2 / (1 + std::sqrt(1 - lambda)) : 2; }
+  GRADOPS_SHARED void begin(double to) {
     omega = to < limit_ ? to : limit_;
     count_ = 0, wait_ = int(1 / (2 - omega)) + 2, run_ = 3 * wait_;
   }
-  GRADOPS_OT void plain(double error) {
+  GRADOPS_SHARED void plain(double error) {
     const double ratio = last_ > 0 ? error / last_ : 0;
     const bool alike = ratio < 1 && std::fabs(ratio - ratio_) < 0.1 * (1 - ratio);
     steady_ = alike ? steady_ + 1 : 0;
     last_ = error, ratio_ = ratio;
     if (steady_ >= 3 && ratio > 0.3) begin(best(ratio));
   }
-  GRADOPS_OT void stretched(double error) {
+  GRADOPS_SHARED void stretched(double error) {
     if (count_ == wait_) mark_ = error;
     if (count_++ < wait_ + run_) return;
     const double factor = std::pow(error / mark_, 1. / run_);

@@ -4,9 +4,6 @@
 #include "common/device_number.cuh"
 #include "common/reduce.cuh"
 #include "ot/router.h"
-
-#define GRADOPS_INLINE __device__ inline
-#define GRADOPS_SQRT sqrt
 #include "ot/router_column.h"
 
 namespace gradops {

@@ -7,9 +7,7 @@
 #include "common/widen.h"
 #include "ot/lane_mask.h"
 
-#define GRADOPS_INLINE [[gnu::always_inline]] inline
 #define GRADOPS_FLAT __attribute__((always_inline))
-#define GRADOPS_SQRT __builtin_sqrt
 #include "ot/router_column.h"
 
 namespace gradops::GRADOPS_ISA {
@@ -17,21 +15,21 @@ namespace {
 
 struct Alone {  // a team of one
   template <class F>
-  GRADOPS_INLINE int count(int n, const F& f) const {
+  GRADOPS_SHARED int count(int n, const F& f) const {
     int s = 0;
 #pragma omp simd reduction(+ : s)
     for (int i = 0; i < n; ++i) s += f(i) ? 1 : 0;
     return s;
   }
   template <class F>
-  GRADOPS_INLINE auto sum(int n, const F& f) const {
+  GRADOPS_SHARED auto sum(int n, const F& f) const {
     decltype(f(0)) s = 0;
 #pragma omp simd reduction(+ : s)
     for (int i = 0; i < n; ++i) s += f(i);
     return s;
   }
   template <class F>
-  GRADOPS_INLINE auto largest(int n, const F& f) const {
+  GRADOPS_SHARED auto largest(int n, const F& f) const {
     decltype(f(0)) s = -__builtin_inf();
 #pragma omp simd reduction(max : s)
     for (int i = 0; i < n; ++i) s = f(i) > s ? f(i) : s;
@@ -124,7 +122,7 @@ struct Group {
 
   // The K largest entries of W tokens' columns (K = 0: t.width, in memory), then sink(expert, entry, gamma * weight).
   template <int K, class Sink>
-  GRADOPS_INLINE void choose(int block, const Sink& sink) {
+  GRADOPS_SHARED void choose(int block, const Sink& sink) {
     const int k = int(t.width);
     const V low = V{} - A(__builtin_inf());
     V local[K ? K : 1];

@@ -1,5 +1,5 @@
 // router_column.h: which entries of one column of alpha - C a plan may use, and the threshold of its weights, for the
-// CPU and the CUDA kernels alike. Include it after defining GRADOPS_INLINE. Local to the includer.
+// CPU and the CUDA kernels alike. Local to the includer.
 //
 // A team reads a column: one CPU thread, or a warp. All its members call with the same arguments and get the same.
 #pragma once
@@ -19,7 +19,7 @@ struct Cut {
 // The weight times gamma: sums that run from the largest entry keep their precision for a small gamma. Zero for
 // entries of -infinity, also in a column that has no others.
 template <class A>
-GRADOPS_INLINE A weight(const Cut<A>& c, A x, int i) {
+GRADOPS_SHARED A weight(const Cut<A>& c, A x, int i) {
   const A w = (x - c.top) - c.tau;
   return (x > c.edge || (x == c.edge && i <= c.last)) && w > 0 ? w : A(0);
 }
@@ -27,7 +27,7 @@ GRADOPS_INLINE A weight(const Cut<A>& c, A x, int i) {
 // Sets edge and last: the k largest of n entries, ties to the first. Probes near `guess`, widening by `reach`, then
 // between counts: an entry moves little between two steps.
 template <class A, class Team, class At>
-GRADOPS_INLINE void find_edge(const Team& team, int n, int k, A guess, A reach, At at, Cut<A>& cut) {
+GRADOPS_SHARED void find_edge(const Team& team, int n, int k, A guess, A reach, At at, Cut<A>& cut) {
   using Key = KeyOf<A>;
   const A infinity = A(__builtin_inf());
   cut.edge = -infinity;
@@ -74,7 +74,7 @@ GRADOPS_INLINE void find_edge(const Team& team, int n, int k, A guess, A reach, 
 
 // The column's projection: weights of at most k entries that sum to scaled / gamma.
 template <class A, class Team, class At>
-GRADOPS_INLINE Cut<A> cut_column(const Team& team, int n, int k, A scaled, A guess, A reach, At at) {
+GRADOPS_SHARED Cut<A> cut_column(const Team& team, int n, int k, A scaled, A guess, A reach, At at) {
   const A infinity = A(__builtin_inf());
   Cut<A> cut{team.largest(n, at), -infinity, n, infinity};
   if (!(cut.top > -infinity) || !(scaled > 0)) return cut;
@@ -100,12 +100,12 @@ GRADOPS_INLINE Cut<A> cut_column(const Team& team, int n, int k, A scaled, A gue
 template <class A>
 struct Adam {
   A first, second, lr, noise;  // bias corrections
-  GRADOPS_INLINE static constexpr A epsilon() { return sizeof(A) == 8 ? A(2.220446049250313e-16) : A(1.1920929e-7f); }
-  GRADOPS_INLINE void operator()(A sum, A mass, A& alpha, A& m, A& v) const {
+  GRADOPS_SHARED static constexpr A epsilon() { return sizeof(A) == 8 ? A(2.220446049250313e-16) : A(1.1920929e-7f); }
+  GRADOPS_SHARED void operator()(A sum, A mass, A& alpha, A& m, A& v) const {
     const A d = sum - mass, size = d > 0 ? d : -d, g = size > noise * mass ? d : A(0);
     m = A(0.9) * m + A(0.1) * g;
     v = A(0.999) * v + A(0.001) * (g * g);
-    alpha -= lr * (m * first) / (GRADOPS_SQRT(v * second) + A(1e-8));
+    alpha -= lr * (m * first) / (A(__builtin_sqrt(v * second)) + A(1e-8));
   }
 };
 

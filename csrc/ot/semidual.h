@@ -31,7 +31,7 @@ struct SemidualTask {  // a batch of problems; every array has the batch in fron
 
 namespace {
 
-GRADOPS_OT Cost cost_of(const SemidualTask& t, int64_t item, int64_t size_of_number) {
+GRADOPS_SHARED Cost cost_of(const SemidualTask& t, int64_t item, int64_t size_of_number) {
   const int64_t bytes = item * size_of_number;
   const char *matrix = static_cast<const char*>(t.matrix), *x = static_cast<const char*>(t.x),
              *y = static_cast<const char*>(t.y);

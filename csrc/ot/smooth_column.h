@@ -18,17 +18,19 @@ struct Smoothing {
   double k;  // max_nz
 
   // The least u of a full entry is steep * theta.
-  GRADOPS_OT double steep() const { return 1 + mu / reg; }
+  GRADOPS_SHARED double steep() const { return 1 + mu / reg; }
   // An entry's t says which kind it is: below theta / reg it shares.
-  GRADOPS_OT bool full(double t, double theta) const { return t * reg >= theta; }
-  GRADOPS_OT double entry(double u, double theta) const {
+  GRADOPS_SHARED bool full(double t, double theta) const { return t * reg >= theta; }
+  GRADOPS_SHARED double entry(double u, double theta) const {
     const double shared = (u - theta) / mu, whole = u / (reg + mu);
     return shared < whole ? shared : whole;
   }
   // u of an entry, given t.
-  GRADOPS_OT double height(double t, double theta) const { return full(t, theta) ? (reg + mu) * t : mu * t + theta; }
+  GRADOPS_SHARED double height(double t, double theta) const {
+    return full(t, theta) ? (reg + mu) * t : mu * t + theta;
+  }
   // reg times the derivative of an entry in its own x.
-  GRADOPS_OT double slope(double t, double theta) const { return full(t, theta) ? reg / (reg + mu) : reg / mu; }
+  GRADOPS_SHARED double slope(double t, double theta) const { return full(t, theta) ? reg / (reg + mu) : reg / mu; }
 };
 
 struct ColumnLevels {

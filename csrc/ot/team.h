@@ -27,8 +27,6 @@
 #pragma once
 #if defined(__CUDACC__)  // inlined into one another they take ptxas minutes
 #define GRADOPS_TEAM __host__ __device__ __noinline__
-#elif defined(GRADOPS_CUDA_EMU)
-#define GRADOPS_TEAM inline
 #else
 #define GRADOPS_TEAM inline
 #endif

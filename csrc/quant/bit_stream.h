@@ -3,18 +3,13 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__) || defined(GRADOPS_CUDA_EMU)
-#include "common/cuda_launch.h"
-#define GRADOPS_BITS __host__ __device__ inline
-#else
-#define GRADOPS_BITS [[gnu::always_inline]] inline
-#endif
+#include "common/host_device.h"
 
 namespace gradops {
 namespace {
 
 // The lowest `keep` bits of every `field` bits.
-GRADOPS_BITS constexpr uint64_t low_bits(int keep, int field) {
+GRADOPS_SHARED constexpr uint64_t low_bits(int keep, int field) {
   uint64_t mask = 0;
   for (int at = 0; at < 64; at += field) mask |= ((uint64_t(1) << keep) - 1) << at;
   return mask;
@@ -22,7 +17,7 @@ GRADOPS_BITS constexpr uint64_t low_bits(int keep, int field) {
 
 // Eight codes in eight bytes <-> 8 * b bits: halves, quarters and eighths move together, or apart.
 template <int b>
-GRADOPS_BITS uint64_t squeeze(uint64_t x) {
+GRADOPS_SHARED uint64_t squeeze(uint64_t x) {
   if constexpr (b == 8) return x;
   constexpr uint64_t kOne = low_bits(b % 8, 8), kTwo = low_bits(2 * b % 16, 16), kFour = low_bits(4 * b % 32, 32);
   x &= kOne;
@@ -31,7 +26,7 @@ GRADOPS_BITS uint64_t squeeze(uint64_t x) {
   return (x | x >> (32 - 4 * b)) & low_bits(8 * b % 64, 64);
 }
 template <int b>
-GRADOPS_BITS uint64_t spread_out(uint64_t x) {  // of x, the lowest 8 * b bits
+GRADOPS_SHARED uint64_t spread_out(uint64_t x) {  // of x, the lowest 8 * b bits
   if constexpr (b == 8) return x;
   constexpr uint64_t kOne = low_bits(b % 8, 8), kTwo = low_bits(2 * b % 16, 16), kFour = low_bits(4 * b % 32, 32);
   x &= low_bits(8 * b % 64, 64);
@@ -40,7 +35,7 @@ GRADOPS_BITS uint64_t spread_out(uint64_t x) {  // of x, the lowest 8 * b bits
   return (x | x << (8 - b)) & kOne;
 }
 
-GRADOPS_BITS uint64_t load_codes(const uint8_t* p, int64_t left) {  // of eight, those that exist
+GRADOPS_SHARED uint64_t load_codes(const uint8_t* p, int64_t left) {  // of eight, those that exist
   uint64_t x = 0;
   for (int i = 0; i < 8 && i < left; ++i) x |= uint64_t(p[i]) << (8 * i);
   return x;
@@ -48,7 +43,7 @@ GRADOPS_BITS uint64_t load_codes(const uint8_t* p, int64_t left) {  // of eight,
 
 // 32 codes, of which `left` exist, to b words; and back.
 template <int b>
-GRADOPS_BITS void pack_chunk(const uint8_t* codes, int64_t left, uint32_t* words) {
+GRADOPS_SHARED void pack_chunk(const uint8_t* codes, int64_t left, uint32_t* words) {
   for (int k = 0; k < b; ++k) words[k] = 0;
   for (int k = 0; k < 4; ++k) {
     const uint64_t x = squeeze<b>(load_codes(codes + 8 * k, left - 8 * k));
@@ -58,7 +53,7 @@ GRADOPS_BITS void pack_chunk(const uint8_t* codes, int64_t left, uint32_t* words
   }
 }
 template <int b>
-GRADOPS_BITS void unpack_chunk(const uint32_t* words, int64_t left, uint8_t* codes) {
+GRADOPS_SHARED void unpack_chunk(const uint32_t* words, int64_t left, uint8_t* codes) {
   for (int k = 0; k < 4; ++k) {
     const int at = 8 * b * k, word = at / 32, shift = at % 32;
     uint64_t x = words[word] >> shift;

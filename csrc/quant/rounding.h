@@ -3,12 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__) || defined(GRADOPS_CUDA_EMU)
-#include "common/cuda_launch.h"
-#define GRADOPS_ROUNDING __host__ __device__ inline
-#else
-#define GRADOPS_ROUNDING [[gnu::always_inline]] inline
-#endif
+#include "common/host_device.h"
 
 namespace gradops {
 
@@ -29,35 +24,35 @@ struct GridTask {
 
 namespace {
 
-GRADOPS_ROUNDING float lesser(float a, float b) { return a < b ? a : b; }  // b where one is NaN
-GRADOPS_ROUNDING float greater(float a, float b) { return a > b ? a : b; }
-GRADOPS_ROUNDING float from_bits(uint32_t u) {
+GRADOPS_SHARED float lesser(float a, float b) { return a < b ? a : b; }  // b where one is NaN
+GRADOPS_SHARED float greater(float a, float b) { return a > b ? a : b; }
+GRADOPS_SHARED float from_bits(uint32_t u) {
   float x;
   __builtin_memcpy(&x, &u, 4);
   return x;
 }
-GRADOPS_ROUNDING uint32_t to_bits(float x) {
+GRADOPS_SHARED uint32_t to_bits(float x) {
   uint32_t u;
   __builtin_memcpy(&u, &x, 4);
   return u;
 }
 // To the nearest integer, ties to even, for |x| < 2^22; no instruction of its own at the lowest x86-64 level.
-GRADOPS_ROUNDING float round_even(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+GRADOPS_SHARED float round_even(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
 // x > 0 to `keep` bits of mantissa after the first, ties to even; no subnormals.
-GRADOPS_ROUNDING float keep_bits(float x, int keep) {
+GRADOPS_SHARED float keep_bits(float x, int keep) {
   const int drop = 23 - keep;
   const uint32_t u = to_bits(x), half = (1u << (drop - 1)) - 1 + (u >> drop & 1);
   return from_bits((u + half) >> drop << drop);
 }
 // x >= 0 to a floating-point format; never zero, so that nothing is divided by it. NaN and infinity pass.
-GRADOPS_ROUNDING float round_float(float x, int keep, float smallest_normal, float spacing, float highest) {
+GRADOPS_SHARED float round_float(float x, int keep, float smallest_normal, float spacing, float highest) {
   const float fine = round_even(lesser(x, smallest_normal) / spacing) * spacing;
   const float coarse = lesser(keep_bits(x, keep), highest);
   const float y = x < smallest_normal ? greater(fine, spacing) : coarse;
   return x - x == 0.f ? y : x;
 }
 
-GRADOPS_ROUNDING float round_scale(float scale, const GridTask& t, float unit) {
+GRADOPS_SHARED float round_scale(float scale, const GridTask& t, float unit) {
   if (t.grid == Grid::nvfp4) return unit * round_float(scale / unit, 3, 0x1p-6f, 0x1p-9f, 448.f);
   if (t.grid == Grid::integer && t.scale_type == ScaleType::f16)
     return round_float(scale, 10, 0x1p-14f, 0x1p-24f, 65504.f);
@@ -71,7 +66,7 @@ struct Range {
   float scale, zero;
 };
 // The grid over [low, high], which contains 0.
-GRADOPS_ROUNDING Range range_of(float low, float high, const GridTask& t, float unit) {
+GRADOPS_SHARED Range range_of(float low, float high, const GridTask& t, float unit) {
   if (t.grid != Grid::integer) {
     const float most = greater(high, -low);
     if (t.grid == Grid::nvfp4) return {round_scale(most / 6.f, t, unit), 0.f};
@@ -86,7 +81,7 @@ GRADOPS_ROUNDING Range range_of(float low, float high, const GridTask& t, float 
   const float at = round_even(lesser(greater(-low / scale, 0.f), t.most));
   return {scale, t.symmetric ? 0.5f * (t.most + 1.f) : at};
 }
-GRADOPS_ROUNDING void make_symmetric(float& low, float& high, const GridTask& t) {
+GRADOPS_SHARED void make_symmetric(float& low, float& high, const GridTask& t) {
   if (!t.symmetric) return;
   high = greater(high, -low);
   low = t.one_sided && low == 0.f ? 0.f : -high;
@@ -96,7 +91,7 @@ struct Rounded {
   float code, value;
 };
 template <bool kInteger>
-GRADOPS_ROUNDING Rounded round_to_grid(float w, float scale, float zero, float most) {
+GRADOPS_SHARED Rounded round_to_grid(float w, float scale, float zero, float most) {
   const float ratio = w / scale;
   if constexpr (kInteger) {
     const float near = round_even(greater(lesser(ratio, 512.f), -512.f));  // codes clip long before

@@ -9,12 +9,6 @@
 
 #include "common/element.h"
 
-#if defined(__CUDACC__)
-#define GRADOPS_BOTH __host__ __device__
-#else
-#define GRADOPS_BOTH
-#endif
-
 namespace gradops {
 
 enum class Baseline : int64_t { mean, loo, opo, max2, none };

@@ -1,10 +1,8 @@
 #include "rl/top_p_keep.h"
 
 #include "common/exp_log.h"
-#include "common/widen.h"
-
-#define GRADOPS_INLINE [[gnu::always_inline]] inline
 #include "common/float_key.h"
+#include "common/widen.h"
 
 namespace gradops::GRADOPS_ISA {
 namespace {
