@@ -1,5 +1,5 @@
 """Checks that public functions share; each error names the argument, what it was and what is expected."""
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -34,6 +34,12 @@ def check_number(x: Any, name: str) -> None:
     """x must be a real number."""
     if not isinstance(x, Real):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+
+
+def check_count(n: Any, name: str) -> None:
+    """n must be a positive whole number."""
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {n!r}")
 
 
 def check_integers(x: Any, name: str) -> None:

@@ -259,7 +259,7 @@ def test_bad_input():
         entropic(np.ones((2, 2)))
     with pytest.raises(ValueError, match="reg must be positive"):
         entropic(costs, reg=0.0)
-    with pytest.raises(ValueError, match="max_iter must be at least 1"):
+    with pytest.raises(ValueError, match="max_iter must be an integer >= 1"):
         entropic(costs, max_iter=0)
     with pytest.raises(ValueError, match="tol must not be negative"):
         entropic(costs, tol=float("nan"))

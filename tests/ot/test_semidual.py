@@ -249,7 +249,7 @@ def test_bad_input():
         semidual(alpha, M, a, a, 1.0)
     with pytest.raises(ValueError, match="reg must be positive and finite, got 0"):
         semidual(alpha, M, a, b, 0.0)
-    with pytest.raises(ValueError, match="max_nz must be at least 1, or None, got 0"):
+    with pytest.raises(ValueError, match="max_nz must be an integer >= 1, got 0"):
         semidual(alpha, M, a, b, 1.0, 0)
     with pytest.raises(ValueError, match="b must be finite and not negative, got -1"):
         semidual(alpha, M, a, -torch.ones(5), 1.0)

@@ -124,7 +124,7 @@ def test_bad_input():
     X = torch.ones(2, 3)
     with pytest.raises(TypeError, match="X must be a torch.Tensor, got ndarray"):
         sparse_simplex_projection(np.ones(3))
-    with pytest.raises(ValueError, match="max_nz must be at least 1, or None, got 0"):
+    with pytest.raises(ValueError, match="max_nz must be an integer >= 1, got 0"):
         sparse_simplex_projection(X, 0)
     with pytest.raises(ValueError, match=r"dim must be in \[-2, 2\), got 2"):
         sparse_simplex_projection(X, dim=2)

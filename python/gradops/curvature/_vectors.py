@@ -35,8 +35,3 @@ def rademacher(t: Tensor, generator: torch.Generator | None) -> Tensor:
     """Signs, +1 or -1, in the shape of t."""
     device = t.device if generator is None else generator.device
     return torch.randint(2, t.shape, generator=generator, device=device).mul_(2).sub_(1).to(t)
-
-
-def check_count(n: Any, name: str) -> None:
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {n!r}")

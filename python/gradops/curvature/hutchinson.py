@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import check_count
 from ._trees import Tree, template
-from ._vectors import check_count, rademacher
+from ._vectors import rademacher
 
 
 class TraceEstimate(NamedTuple):

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import check_count
 from ._trees import Tree, template
-from ._vectors import check_count, flat, gaussian, unflat
+from ._vectors import flat, gaussian, unflat
 
 
 class LanczosResult(NamedTuple):

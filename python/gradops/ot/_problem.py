@@ -4,7 +4,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_floating, check_integers, check_one_of
+from .._checks import check_count, check_device, check_floating, check_integers, check_number, check_one_of
 
 
 class Costs(NamedTuple):
@@ -73,13 +73,14 @@ def check_weights(t: Tensor, name: str, size: int, costs: Costs) -> None:
 
 
 def check_reg(reg: float) -> None:
+    check_number(reg, "reg")
     if not 0 < reg < float("inf"):
         raise ValueError(f"reg must be positive and finite, got {reg}")
 
 
 def check_max_nz(max_nz: int | None) -> None:
-    if max_nz is not None and max_nz < 1:
-        raise ValueError(f"max_nz must be at least 1, or None, got {max_nz}")
+    if max_nz is not None:
+        check_count(max_nz, "max_nz")
 
 
 def whole_problem(M: Tensor | None, a: Tensor | None, b: Tensor | None, x: Tensor | None, y: Tensor | None,

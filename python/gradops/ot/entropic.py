@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._checks import may_look
+from .._checks import check_count, check_number, may_look
 from .._op import needs_derivative, primals, register
 from ._problem import Costs, check_reg, check_weights, inside, whole_problem
 from .dense_plan import DensePlan
@@ -87,10 +87,10 @@ def entropic(M: Tensor | None = None, a: Tensor | None = None, b: Tensor | None 
     costs, a, b, lengths = whole_problem(M, a, b, x, y, n_len, m_len)
     n, m = costs.size
     check_reg(reg)
+    check_number(tol, "tol")
     if not tol >= 0:
         raise ValueError(f"tol must not be negative, got {tol}")
-    if max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+    check_count(max_iter, "max_iter")
     if alpha0 is not None:
         check_weights(alpha0, "alpha0", n, costs)
         alpha0 = alpha0.detach().to(torch.float64).expand(a.shape)

@@ -69,7 +69,8 @@ def smooth_ot_semi_dual(a: Array, b: Array, M: Array, reg: float, reg_type: str 
         max_nz = None
     else:
         raise NotImplementedError(f"unknown reg_type {reg_type!r}; it is 'l2' or 'sparsity_constrained'")
-    costs, rows, columns = (torch.from_numpy(np.ascontiguousarray(t)) for t in (M, a, b))
+    arrays = (np.ascontiguousarray(t) for t in (M, a, b))
+    costs, rows, columns = (torch.from_numpy(t if t.dtype.kind == "f" else t.astype(float)) for t in arrays)
     result = solve(costs, rows, columns, reg=reg, max_nz=max_nz, tol=max(stopThr, 1e-12), max_iter=numItermax)
     error = float(result.marginal_err)
     if not error <= 1e-6:

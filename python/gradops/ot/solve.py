@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_one_of, may_look
+from .._checks import check_count, check_number, check_one_of, may_look
 from .._op import needs_derivative, refuse_derivative, register
 from ._derivatives import Numbers, differentiable
 from ._problem import check_max_nz, check_reg, check_weights, whole_problem
@@ -130,10 +130,10 @@ def solve(
     check_max_nz(max_nz)
     check_one_of(method, "method", ("auto",))
     check_one_of(plan_kind, "plan_kind", ("sparse", "averaged"))
+    check_number(tol, "tol")
     if not 0 < tol < 1:
         raise ValueError(f"tol must be between 0 and 1, got {tol}")
-    if max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+    check_count(max_iter, "max_iter")
     if alpha0 is not None:
         check_weights(alpha0, "alpha0", n, costs)
         alpha0 = alpha0.to(torch.float64).expand(a.shape)
