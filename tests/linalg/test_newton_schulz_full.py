@@ -15,12 +15,7 @@ SHAPES = [(1, 1), (1, 5), (5, 1), (3, 4), (16, 16), (17, 18), (33, 47), (47, 33)
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-5, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def kernel(x, coefficients=QUINTIC, normalize=True, restart=0):

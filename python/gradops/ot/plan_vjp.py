@@ -1,4 +1,7 @@
-"""How a plan answers to a change of costs and weights while its support stays: behind the derivatives of `solve`."""
+"""How a plan answers to a change of costs and weights while its support stays: behind the derivatives of `solve`.
+
+The kernel is for the CPU; plans on CUDA have no derivative yet, and say so.
+"""
 from typing import Any
 
 import torch
