@@ -217,6 +217,8 @@ def test_bad_input():
         router(np.ones((4, 3)), top_k=1)
     with pytest.raises(TypeError, match="logits must be float64"):
         router(x.long(), top_k=1)
+    with pytest.raises(TypeError, match="lr must be a number, got str"):
+        router(x, top_k=1, lr="x")
     for arguments, message in [
         ({}, r"top_k must be an int in \[1, 3\] where tokens choose, got None"), ({"top_k": 4}, "top_k must be an int"),
         ({"top_k": 1.0}, "top_k must be an int"), ({"top_k": 1, "capacity": 0}, "capacity must be a positive int"),

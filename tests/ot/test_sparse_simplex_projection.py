@@ -124,6 +124,8 @@ def test_bad_input():
     X = torch.ones(2, 3)
     with pytest.raises(TypeError, match="X must be a torch.Tensor, got ndarray"):
         sparse_simplex_projection(np.ones(3))
+    with pytest.raises(TypeError, match="z must be a number, got str"):
+        sparse_simplex_projection(X, 2, z="x")
     with pytest.raises(ValueError, match="max_nz must be an integer >= 1, got 0"):
         sparse_simplex_projection(X, 0)
     with pytest.raises(ValueError, match=r"dim must be in \[-2, 2\), got 2"):

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_floating, check_one_of
+from .._checks import check_floating, check_number, check_one_of
 from .._op import needs_derivative, primals, register
 
 MODES = ("tokens_choose", "experts_choose")
@@ -119,6 +119,8 @@ def _check(logits: Any, capacity: Any, top_k: Any, n_steps: Any, gamma: float, m
     check_one_of(mode, "mode", MODES)
     if not isinstance(n_steps, INTEGERS) or n_steps < 0:
         raise ValueError(f"n_steps must be an int, not negative, got {n_steps!r}")
+    check_number(gamma, "gamma")
+    check_number(lr, "lr")
     if not 0 < gamma < float("inf"):
         raise ValueError(f"gamma must be positive and finite, got {gamma}")
     if not 0 <= lr < float("inf"):

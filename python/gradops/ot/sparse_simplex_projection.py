@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_floating
+from .._checks import check_device, check_floating, check_number
 from .._op import needs_derivative, register
 from ._problem import check_max_nz
 
@@ -73,6 +73,7 @@ def sparse_simplex_projection(X: Tensor, max_nz: int | None = None, z: float | T
             raise ValueError(f"z must be broadcastable to X without dim, {tuple(X.shape[:-1])}, got shape "
                              f"{tuple(z.shape)}") from None
     else:
+        check_number(z, "z")
         if not 0 < z < float("inf"):
             raise ValueError(f"z must be finite and positive, got {z}")
         z = X.new_full(X.shape[:-1], z, dtype=torch.float64)
