@@ -143,13 +143,12 @@ def test_cpu_zeros(dtype):
 def test_cpu_nan_and_inf_stay_in_their_matrix(shape, dtype, normalize):
     x = gaussian(*shape, dtype=dtype) / 30
     want = kernel(x, QUINTIC, normalize)
-    for bad in (torch.nan, torch.inf, -torch.inf):
-        for place in ((0, 0), (-1, -1), (17, 9)):
-            broken = x.clone()
-            broken[(1, *place)] = bad
-            y = kernel(broken, QUINTIC, normalize)
-            assert y[1].isnan().all()
-            assert torch.equal(y[0], want[0]) and torch.equal(y[2:], want[2:])
+    for bad, place in ((torch.nan, (0, 0)), (torch.inf, (-1, -1)), (-torch.inf, (17, 9))):
+        broken = x.clone()
+        broken[(1, *place)] = bad
+        y = kernel(broken, QUINTIC, normalize)
+        assert y[1].isnan().all()
+        assert torch.equal(y[0], want[0]) and torch.equal(y[2:], want[2:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,7 +12,7 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-7, torch.bfloat16: 8e-3, tor
 
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (60, 1000), (3, 2049), (2, 3, 600, 40), (0, 5), (5, 0), (0, 3, 4)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (60, 1000), (3, 2049), (2, 1, 600, 17), (0, 5), (5, 0), (0, 3, 4)])
 def test_matches_float64(backend, shape, dtype, center):
     device, ops = backend
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device, dtype)

@@ -28,7 +28,7 @@ def assert_nucleus(mask, logits, p, min_keep, slack):
 @pytest.mark.parametrize("p, min_keep", [(0.5, 1), (0.95, 30), (1e-9, 1)])
 def test_nucleus(backend, dtype, p, min_keep):
     device, ops = backend
-    for shape in ((3, 300), (2, 1), (1, 4200)):
+    for shape in ((3, 300), (2, 1), (1, 4200 if dtype == torch.float32 else 310)):
         x = logits_of(shape, dtype).to(device)
         assert_nucleus(ops.top_p_keep(x, p, min_keep).cpu(), x.cpu(), p, min_keep, SLACK[dtype])
 
