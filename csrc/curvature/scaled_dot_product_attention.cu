@@ -17,16 +17,15 @@ __global__ void __launch_bounds__(128)
   const int64_t row = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
   if (row >= t.batch * t.heads * t.queries) return;
   const int64_t query = row % t.queries, head = row / t.queries % t.heads, batch = row / (t.queries * t.heads);
-  const T *const o = static_cast<const T*>(t.o) + row * t.dv,
-          *const o_dot = t.o_dot ? static_cast<const T*>(t.o_dot) + row * t.dv : nullptr,
-          *const g = source<T>(t.g, batch, head, t.queries, t.dv).data + query * t.g.r,
-          *g_dot = source<T>(t.g_dot, batch, head, t.queries, t.dv).data;
-  if (g_dot) g_dot += query * t.g_dot.r;
+  const T *const o = static_cast<const T*>(t.o), *const o_dot = static_cast<const T*>(t.o_dot),
+          *const g = source<T>(t.g, batch, head, t.queries, t.dv).data,
+          *const g_dot = source<T>(t.g_dot, batch, head, t.queries, t.dv).data;
   S sum = 0, sum_dot = 0;
   for (int64_t c = threadIdx.x % 32; c < t.dv; c += 32) {
-    sum += S(g[c]) * S(o[c]);
-    if (d_dot && o_dot) sum_dot += S(g[c]) * S(o_dot[c]);
-    if (d_dot && g_dot) sum_dot += S(g_dot[c]) * S(o[c]);
+    const S o_here = S(o[row * t.dv + c]), g_here = S(g[query * t.g.r + c]);
+    sum += g_here * o_here;
+    if (d_dot && o_dot) sum_dot += g_here * S(o_dot[row * t.dv + c]);
+    if (d_dot && g_dot) sum_dot += S(g_dot[query * t.g_dot.r + c]) * o_here;
   }
   sum = warp_all(sum, Add());
   sum_dot = warp_all(sum_dot, Add());
