@@ -10,7 +10,9 @@ namespace {
 template <class T>  // columns of an output that a warp has in registers
 constexpr int kBackwardCols = sizeof(T) == 8 ? 32 : 64;
 template <class T, bool kChange>  // columns of scores that it makes at a time
-constexpr int kBackwardChunk = kTensor<T> && !kChange ? 32 : 64 / int(sizeof(T)) < 16 ? 8 : 16;
+constexpr int kBackwardChunk = kTensor<T> && !kChange     ? 32
+                               : 64 / int(sizeof(T)) < 16 ? 8
+                                                          : 16;
 
 // Warps: `groups` of 16 own rows, times `columns` that share them: of the scores each makes some, of the outputs too.
 struct BackwardPlan {
@@ -18,7 +20,7 @@ struct BackwardPlan {
 };
 
 template <class S>
-struct alignas(4 * sizeof(S)) RowNumbers {  // of one query
+struct alignas(16) RowNumbers {  // of one query
   S lse, mu, d, d_dot;
 };
 
@@ -63,16 +65,15 @@ __device__ void put_outputs(void* to, Sums<T> (&sums)[kBackwardCols<T> / 8], Ari
                             int64_t first, int64_t rows, int64_t cols, int64_t column) {
   if (to == nullptr) return;
   T* const out = static_cast<T*>(to) + item * rows * cols + column;
-  each_sum<T>(sums, first, rows, int(cols - column), [&](Arithmetic<T> sum, int64_t row, int col) {
-    out[row * cols + col] = T(sum * factor);
-  });
+  each_sum<T>(sums, first, rows, int(cols - column),
+              [&](Arithmetic<T> sum, int64_t row, int col) { out[row * cols + col] = T(sum * factor); });
 }
 
 // Its own side has matrices a and b: keys k and v, queries q and g. The scores are own a times the other side's a.
 template <class T, bool kChange, bool kOwnKeys>
 __global__ void __launch_bounds__(256)
     backward(const __grid_constant__ AttentionTask t, const __grid_constant__ BackwardPlan plan,
-             const Arithmetic<T>* __restrict__ d_of, const Arithmetic<T>* __restrict__ d_dot_of) {
+             const RowNumbers<Arithmetic<T>>* __restrict__ numbers) {
   using S = Arithmetic<T>;
   constexpr int kChunk = kBackwardChunk<T, kChange>, kFrags = kChunk / 8, kWide = kBackwardCols<T> / 8;
   GRADOPS_DYNAMIC_SHARED(unsigned char, memory);
@@ -81,7 +82,8 @@ __global__ void __launch_bounds__(256)
   const int64_t own_rows = kOwnKeys ? t.keys : t.queries, other_rows = kOwnKeys ? t.queries : t.keys,
                 own_heads = kOwnKeys ? t.key_heads : t.heads, shared_by = t.heads / t.key_heads;
   const int rows = 16 * plan.groups, d = int(t.d), dv = int(t.dv), warp = threadIdx.x / 32;
-  const int64_t tiles = up(own_rows, rows), item = blockIdx.x / tiles, head = item % own_heads, batch = item / own_heads;
+  const int64_t tiles = up(own_rows, rows), item = blockIdx.x / tiles, head = item % own_heads,
+                batch = item / own_heads;
   int64_t tile = blockIdx.x % tiles;
   if (!kOwnKeys) tile = tiles - 1 - tile;  // the most work first, with causal masks
   const int64_t first = tile * rows, mine = first + warp % plan.groups * 16;
@@ -91,24 +93,21 @@ __global__ void __launch_bounds__(256)
   // The other side's rows that matter.
   const int64_t most = first + rows < own_rows ? first + rows : own_rows;
   const int64_t begin = kOwnKeys && t.causal ? first / plan.others * plan.others : 0,
-                end = !kOwnKeys && t.causal && most < t.keys ? most : other_rows,
-                steps = begin < end ? up(end - begin, plan.others) : 0, all_steps = steps * (kOwnKeys ? shared_by : 1);
+                end = !kOwnKeys && t.causal && most < t.keys ? most : other_rows;
 
-  const auto numbers = [&](RowNumbers<S>* to, int64_t query_head, int64_t query, int count) {
-    const int64_t at = (batch * t.heads + query_head) * t.queries + query;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      RowNumbers<S> r = {};
-      if (query + i < t.queries) {
-        r.lse = static_cast<const S*>(t.lse)[at + i], r.d = d_of[at + i];
-        if (kChange && t.mu) r.mu = static_cast<const S*>(t.mu)[at + i];
-        if (kChange) r.d_dot = d_dot_of[at + i];
-      }
-      to[i] = r;
+  const auto load_numbers = [&](RowNumbers<S>* to, int64_t query_head, int64_t query, int count) {
+    const RowNumbers<S>* const from = numbers + (batch * t.heads + query_head) * t.queries + query;
+    constexpr int kPieces = sizeof(RowNumbers<S>) / 16;
+    for (int i = threadIdx.x; i < count * kPieces; i += blockDim.x) {
+      if (query + i / kPieces < t.queries)
+        copy_async(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(from) + i);
+      else
+        reinterpret_cast<uint4*>(to)[i] = {};
     }
   };
   const HeadRows none{};
-  const HeadRows &q_dot = kChange ? t.q_dot : none, &k_dot = kChange ? t.k_dot : none, &v_dot = kChange ? t.v_dot : none,
-                 &g_dot = kChange ? t.g_dot : none;
+  const HeadRows &q_dot = kChange ? t.q_dot : none, &k_dot = kChange ? t.k_dot : none,
+                 &v_dot = kChange ? t.v_dot : none, &g_dot = kChange ? t.g_dot : none;
   const auto own_source = [&](const HeadRows& keys, const HeadRows& queries, int cols) {
     return source<T>(kOwnKeys ? keys : queries, batch, head, own_rows, cols);
   };
@@ -124,61 +123,66 @@ __global__ void __launch_bounds__(256)
   own(own_a, shared.own_a, own_source(t.k, t.q, d)), own(own_b, shared.own_b, own_source(t.v, t.g, dv));
   own(own_a_dot, shared.own_a_dot, own_source(k_dot, q_dot, d));
   own(own_b_dot, shared.own_b_dot, own_source(v_dot, g_dot, dv));
-  if (!kOwnKeys) numbers(shared.row, head, first, rows);
+  if (!kOwnKeys) load_numbers(shared.row, head, first, rows);
 
-  const auto query_head = [&](int64_t step) { return kOwnKeys ? head * shared_by + step / steps : head; };
-  const auto load = [&](int64_t step, int stage) {
-    const int64_t at = begin + step % steps * plan.others,
-                  other_head = kOwnKeys ? query_head(step) : head / shared_by;
+  struct Place {  // of the other side
+    int64_t head, row;
+  };
+  const int64_t first_head = kOwnKeys ? head * shared_by : head / shared_by, heads = kOwnKeys ? shared_by : 1;
+  const auto next = [&](const Place& at) {
+    return at.row + plan.others < end ? Place{at.head, at.row + plan.others} : Place{at.head + 1, begin};
+  };
+  const auto load = [&](const Place& at, int stage) {
     const auto other = [&](T* to, const HeadRows& keys, const HeadRows& queries, int cols) {
-      load_tile(to, source<T>(kOwnKeys ? queries : keys, batch, other_head, other_rows, cols), at, plan.others);
+      load_tile(to, source<T>(kOwnKeys ? queries : keys, batch, at.head, other_rows, cols), at.row, plan.others);
     };
     other(shared.a + stage * shared.a_size, t.k, t.q, d), other(shared.b + stage * shared.b_size, t.v, t.g, dv);
     other(shared.a_dot + stage * shared.a_size, k_dot, q_dot, d);
     other(shared.b_dot + stage * shared.b_size, v_dot, g_dot, dv);
-    if (kOwnKeys) numbers(shared.row + stage * plan.others, query_head(step), at, plan.others);
+    if (kOwnKeys) load_numbers(shared.row + stage * plan.others, at.head, at.row, plan.others);
   };
 
   Sums<T> out_a[kWide] = {}, out_a_dot[kWide] = {}, out_b[kWide] = {}, out_b_dot[kWide] = {};
   const int a_cols = d - int(column), b_cols = dv - int(column);
   const bool gradient = t.dq || t.dk || t.dv_;
   int stage = 0;
-  if (plan.stages == 2 && all_steps > 0) load(0, 0);
-  for (int64_t step = 0; step < all_steps; ++step) {
+  const Place start{first_head, begin};
+  if (plan.stages == 2 && begin < end) load(start, 0);
+  for (Place at = start, after; begin < end && at.head < first_head + heads; at = after) {
+    after = next(at);
     if (plan.stages == 1) {
       __syncthreads();
-      load(step, 0);
+      load(at, 0);
     }
     wait_async();
     __syncthreads();
     const T *const a = shared.a + stage * shared.a_size, *const b = shared.b + stage * shared.b_size,
                    *const a_dot = shared.a_dot ? shared.a_dot + stage * shared.a_size : nullptr,
                    *const b_dot = shared.b_dot ? shared.b_dot + stage * shared.b_size : nullptr;
-    const RowNumbers<S>* const numbers_of = shared.row + (kOwnKeys ? stage * plan.others : 0);
+    const RowNumbers<S>* const row_numbers = shared.row + (kOwnKeys ? stage * plan.others : 0);
     if (plan.stages == 2) {
       stage = 1 - stage;
-      if (step + 1 < all_steps) load(step + 1, stage);
+      if (after.head < first_head + heads) load(after, stage);
     }
 
-    const int64_t at = begin + step % steps * plan.others;
     T *const p = shared.p + my_row * shared.weight_pitch, *const p_dot = shared.p_dot + my_row * shared.weight_pitch,
-            *const ds = shared.ds + my_row * shared.weight_pitch,
-            *const ds_dot = shared.ds_dot + my_row * shared.weight_pitch;
+             *const ds = shared.ds + my_row * shared.weight_pitch,
+             *const ds_dot = shared.ds_dot + my_row * shared.weight_pitch;
     const bool active = mine < own_rows;
     for (int chunk = part * kChunk; active && chunk < plan.others; chunk += plan.columns * kChunk) {
       Sums<T> s[kFrags] = {}, s_dot[kFrags] = {}, dp[kFrags] = {}, dp_dot[kFrags] = {};
       const int a_at = chunk * pitch<T>(d), b_at = chunk * pitch<T>(dv);
       add_scores<kChange>(s, s_dot, own_a, own_a_dot, a + a_at, a_dot ? a_dot + a_at : nullptr, pitch<T>(d), d);
       add_scores<kChange>(dp, dp_dot, own_b, own_b_dot, b + b_at, b_dot ? b_dot + b_at : nullptr, pitch<T>(dv), dv);
-      const Scores<T> score(t, batch, query_head(step), kOwnKeys ? at + chunk : mine, kOwnKeys ? kChunk : 16,
-                            kOwnKeys ? mine : at + chunk, kOwnKeys ? 16 : kChunk);
+      const Scores<T> score(t, batch, kOwnKeys ? at.head : head, kOwnKeys ? at.row + chunk : mine,
+                            kOwnKeys ? kChunk : 16, kOwnKeys ? mine : at.row + chunk, kOwnKeys ? 16 : kChunk);
 #pragma unroll
       for (int f = 0; f < kFrags; ++f) {
         // s becomes P, s_dot its change, dp becomes dS, dp_dot its change.
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int mine_at = c_row(i), other_at = 8 * f + c_col(i);
-          const RowNumbers<S> row = numbers_of[kOwnKeys ? chunk + other_at : my_row + mine_at];
+          const RowNumbers<S> row = row_numbers[kOwnKeys ? chunk + other_at : my_row + mine_at];
           const S x = score(s[f].r[i], kOwnKeys ? other_at : mine_at, kOwnKeys ? mine_at : other_at);
           const S weight = x == minus_infinity<S>() ? S(0) : weight_of<T>(x - row.lse), slope = dp[f].r[i] - row.d;
           s[f].r[i] = weight;
@@ -211,7 +215,7 @@ __global__ void __launch_bounds__(256)
       if (kOwnKeys) outputs(out_b, out_b_dot, p, p_dot, b, b_dot, pitch<T>(dv), b_cols);
     }
   }
-  if (all_steps == 0) wait_async();
+  wait_async();  // of what its own side loaded, where the other side is empty
 
   put_outputs<T>(kOwnKeys ? t.dk : t.dq, out_a, S(t.scale), item, mine, own_rows, d, column);
   if (kChange) put_outputs<T>(kOwnKeys ? t.dk_dot : t.dq_dot, out_a_dot, S(t.scale), item, mine, own_rows, d, column);
@@ -220,7 +224,7 @@ __global__ void __launch_bounds__(256)
 }
 
 template <class T, bool kChange, bool kOwnKeys>
-void run_backward(const AttentionTask& t, const Arithmetic<T>* d, const Arithmetic<T>* d_dot, void* stream) {
+void run_backward(const AttentionTask& t, const RowNumbers<Arithmetic<T>>* numbers, void* stream) {
   const int64_t rows = kOwnKeys ? t.keys : t.queries, others = kOwnKeys ? t.queries : t.keys,
                 items = t.batch * (kOwnKeys ? t.key_heads : t.heads);
   if (items * rows == 0 || !(kOwnKeys ? t.dk || t.dv_ || t.dk_dot || t.dv_dot : t.dq || t.dq_dot)) return;
@@ -239,8 +243,8 @@ void run_backward(const AttentionTask& t, const Arithmetic<T>* d, const Arithmet
     else
       plan.groups /= 2;
   }
-  launch(backward<T, kChange, kOwnKeys>, blocks(up(rows, 16 * plan.groups) * items),
-         32 * plan.groups * plan.columns, bytes(), stream, t, plan, d, d_dot);
+  launch(backward<T, kChange, kOwnKeys>, blocks(up(rows, 16 * plan.groups) * items), 32 * plan.groups * plan.columns,
+         bytes(), stream, t, plan, numbers);
 }
 
 }  // namespace

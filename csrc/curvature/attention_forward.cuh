@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(128)
     own = OwnRows<T>::global(q, mine), own_dot = OwnRows<T>::global(q_dot, mine);
   }
   const auto load = [&](int64_t key, int stage) {
-    load_tile(shared.k + stage * shared.k_size, k, key, kKeys), load_tile(shared.v + stage * shared.v_size, v, key, kKeys);
+    load_tile(shared.k + stage * shared.k_size, k, key, kKeys),
+        load_tile(shared.v + stage * shared.v_size, v, key, kKeys);
     load_tile(shared.k_dot + stage * shared.k_size, k_dot, key, kKeys);
     load_tile(shared.v_dot + stage * shared.v_size, v_dot, key, kKeys);
   };
@@ -170,7 +171,8 @@ __global__ void __launch_bounds__(128)
       }
     } else {
       constexpr int ld = ForwardShared<T, kChange>::kWeightPitch;
-      T* const weights[2] = {shared.weights[0] + (mine - first) * ld, shared.weights[int(kChange)] + (mine - first) * ld};
+      T* const weights[2] = {shared.weights[0] + (mine - first) * ld,
+                             shared.weights[int(kChange)] + (mine - first) * ld};
       __syncwarp();
 #pragma unroll
       for (int f = 0; f < kFrags; ++f) {
@@ -181,11 +183,10 @@ __global__ void __launch_bounds__(128)
       for (int at = 0; at < kKeys; ++at)
         add_outputs<kChange, T>(out, out_dot, !plan.known, left_at<T>(weights[0] + at, ld),
                                 left_at<T>(weights[1] + at, ld), tile_v + at * pitch<T>(cols),
-                                tile_v_dot ? tile_v_dot + at * pitch<T>(cols) : nullptr, pitch<T>(cols),
-                                cols);
+                                tile_v_dot ? tile_v_dot + at * pitch<T>(cols) : nullptr, pitch<T>(cols), cols);
     }
   }
-  if (keys == 0) wait_async();  // for the queries
+  wait_async();  // for the queries, where there are no keys
   if (mine >= t.queries) return;
 
   S inverse[2];
@@ -220,7 +221,8 @@ void run_forward(const AttentionTask& t, bool known, void* stream) {
   if (t.batch * t.heads * t.queries == 0) return;
   ForwardPlan plan{4, 2, t.dv > kForwardCols<T> ? int(up(t.dv, kForwardCols<T>)) : 1, known};
   const auto bytes = [&] { return ForwardShared<T, kChange>(t, plan).bytes; };
-  while (bytes() > max_shared_bytes() && plan.groups > 1) plan.stages == 2 ? plan.stages = 1 : (plan.stages = 2, plan.groups /= 2);
+  while (bytes() > max_shared_bytes() && plan.groups > 1)
+    plan.stages == 2 ? plan.stages = 1 : (plan.stages = 2, plan.groups /= 2);
   launch(forward<T, kChange>, blocks(up(t.queries, 16 * plan.groups) * t.batch * t.heads * plan.slices),
          32 * plan.groups, bytes(), stream, t, plan);
 }

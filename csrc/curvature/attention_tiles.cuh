@@ -45,17 +45,19 @@ __device__ void load_tile(T* to, const Source<T>& from, int64_t first, int count
   if (from.data == nullptr) return;
   const T* const begin = from.data + first * from.step;
   const int64_t rows = from.rows - first;
-  const int ld = pitch<T>(from.cols), vectors = padded<T>(from.cols) / kVector<T>;
+  const int ld = pitch<T>(from.cols);
   const bool aligned = (reinterpret_cast<uintptr_t>(begin) | uintptr_t(from.step) * sizeof(T)) % 16 == 0;
-  for (int n = threadIdx.x; n < count * vectors; n += blockDim.x) {
-    const int row = n / vectors, col = n % vectors * kVector<T>;
-    T* const there = to + row * ld + col;
-    const T* const here = begin + row * from.step + col;
-    if (aligned && row < rows && col + kVector<T> <= from.cols) {
-      copy_async(there, here);
-    } else {
+  for (int col = threadIdx.x % 8 * kVector<T>; col < padded<T>(from.cols); col += 8 * kVector<T>) {
+    const bool whole = aligned && col + kVector<T> <= from.cols;
+    for (int row = threadIdx.x / 8; row < count; row += blockDim.x / 8) {
+      T* const there = to + row * ld + col;
+      const T* const here = begin + row * from.step + col;
+      if (whole && row < rows) {
+        copy_async(there, here);
+      } else {
 #pragma unroll
-      for (int e = 0; e < kVector<T>; ++e) there[e] = row < rows && col + e < from.cols ? here[e] : T(0.f);
+        for (int e = 0; e < kVector<T>; ++e) there[e] = row < rows && col + e < from.cols ? here[e] : T(0.f);
+      }
     }
   }
 }
@@ -85,8 +87,8 @@ struct OwnRows {
 
 // s += X Y^T and s_dot += X Y_dot^T + X_dot Y^T. Y: 8 kFrags rows in shared memory; a change that is null is zero.
 template <bool kChange, class T, int kFrags>
-__device__ void add_scores(Sums<T> (&s)[kFrags], Sums<T> (&s_dot)[kFrags], const OwnRows<T>& x,
-                           const OwnRows<T>& x_dot, const T* y, const T* y_dot, int ld, int depth) {
+__device__ void add_scores(Sums<T> (&s)[kFrags], Sums<T> (&s_dot)[kFrags], const OwnRows<T>& x, const OwnRows<T>& x_dot,
+                           const T* y, const T* y_dot, int ld, int depth) {
   if constexpr (kTensor<T>) {
     for (int k = 0; k < depth; k += 16) {
       FragA<T> a, a_dot;
