@@ -14,6 +14,8 @@ constexpr int kBackwardChunk = kTensor<T> && !kChange     ? 32
                                : 64 / int(sizeof(T)) < 16 ? 8
                                                           : 16;
 
+constexpr int kMostColumns = 8;  // of warps, see below
+
 // Warps: `groups` of 16 own rows, times `columns` that share them: of the scores each makes some, of the outputs too.
 struct BackwardPlan {
   int groups, columns, others, stages;  // others: rows of a tile of the other side
@@ -230,18 +232,20 @@ void run_backward(const AttentionTask& t, const RowNumbers<Arithmetic<T>>* numbe
   if (items * rows == 0 || !(kOwnKeys ? t.dk || t.dv_ || t.dk_dot || t.dv_dot : t.dq || t.dq_dot)) return;
   constexpr int kChunk = kBackwardChunk<T, kChange>;
   const int columns = int(up(t.d > t.dv ? t.d : t.dv, kBackwardCols<T>));
-  BackwardPlan plan{columns > 2 ? 8 / columns : 4, columns, 64, 2};
+  BackwardPlan plan{columns > 4 ? 1 : columns > 2 ? 2 : 4, columns, 64, 2};
   if (others < 64) plan.others = int(up(others ? others : 1, kChunk)) * kChunk;
   const auto bytes = [&] { return BackwardShared<T, kChange, kOwnKeys>(t, plan).bytes; };
   const size_t room = max_shared_bytes();
   // Smaller tiles of the other side, then no fetching ahead, then fewer rows of one's own.
-  while (bytes() > room && (plan.others > kChunk || plan.stages > 1 || plan.groups > 1)) {
+  while (columns > kMostColumns || bytes() > room) {
     if (plan.others > kChunk)
       plan.others = int(up(plan.others / 2, kChunk)) * kChunk;
     else if (plan.stages > 1)
       plan.stages = 1;
-    else
+    else if (plan.groups > 1)
       plan.groups /= 2;
+    else
+      refuse_columns(t);
   }
   launch(backward<T, kChange, kOwnKeys>, blocks(up(rows, 16 * plan.groups) * items), 32 * plan.groups * plan.columns,
          bytes(), stream, t, plan, numbers);

@@ -221,8 +221,15 @@ void run_forward(const AttentionTask& t, bool known, void* stream) {
   if (t.batch * t.heads * t.queries == 0) return;
   ForwardPlan plan{4, 2, t.dv > kForwardCols<T> ? int(up(t.dv, kForwardCols<T>)) : 1, known};
   const auto bytes = [&] { return ForwardShared<T, kChange>(t, plan).bytes; };
-  while (bytes() > max_shared_bytes() && plan.groups > 1)
-    plan.stages == 2 ? plan.stages = 1 : (plan.stages = 2, plan.groups /= 2);
+  const size_t room = max_shared_bytes();
+  while (bytes() > room) {
+    if (plan.stages == 2)
+      plan.stages = 1;
+    else if (plan.groups > 1)
+      plan.stages = 2, plan.groups /= 2;
+    else
+      refuse_columns(t);
+  }
   launch(forward<T, kChange>, blocks(up(t.queries, 16 * plan.groups) * t.batch * t.heads * plan.slices),
          32 * plan.groups, bytes(), stream, t, plan);
 }

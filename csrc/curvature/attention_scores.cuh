@@ -1,6 +1,7 @@
 // attention_scores.cuh: which keys a query sees, and with what score.
 #pragma once
 #include "common/device_number.cuh"
+#include "common/value_error.h"
 #include "curvature/attention_tiles.cuh"
 #include "curvature/scaled_dot_product_attention.h"
 
@@ -13,6 +14,11 @@ __device__ Source<T> source(const HeadRows& m, int64_t batch, int64_t head, int6
   const T* data = static_cast<const T*>(m.data);
   if (data) data += batch * m.b + head * m.h + column;
   return {data, m.r, rows, int(cols)};
+}
+
+// Of up to 256 there is room for on every GPU.
+[[noreturn]] inline void refuse_columns(const AttentionTask& t) {
+  refuse_value("the last dimension", "be smaller, there is too little shared memory for it", t.d > t.dv ? t.d : t.dv);
 }
 
 template <class S>

@@ -66,7 +66,7 @@ def check(backend, dtype, sizes, mask=None, causal=False, given=(True,) * 4, tol
     zeros = [t if there else torch.zeros_like(t) for t, there in zip((q_dot, k_dot, v_dot, g_dot), given, strict=True)]
     scale = 1.2 * sizes[-2] ** -0.5
     out, out_dot, gradients, changes = expected(x, zeros[:3], g, zeros[3], mask, scale, causal)
-    call = lambda op, *args: getattr(ops, name(op))(*x, mask, scale, causal, *args)  # noqa: E731
+    call = lambda op, *args: getattr(ops, name(op))(*x, mask, scale, causal, *args)
     tolerance = tolerance or TOLERANCE[dtype]
     saved = call("")
     close(saved, out, tolerance)
@@ -83,16 +83,45 @@ def check(backend, dtype, sizes, mask=None, causal=False, given=(True,) * 4, tol
     close(all_six[3:], changes, 2 * tolerance)
 
 
+def random_mask(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
+
+
+def seen(queries, keys):
+    """A mask for all heads, by which queries 1 and 2 see nothing."""
+    mask = random_mask(queries, keys)
+    mask[1:3] = False
+    return mask.expand(2, queries, keys)
+
+
+def added(dtype, heads, queries, keys):
+    """Numbers, with a step between keys that is not 1."""
+    torch.manual_seed(1)
+    mask = torch.randn(keys, queries, heads).to(dtype).permute(2, 1, 0)
+    return mask.masked_fill(random_mask(heads, queries, keys), -torch.inf).index_fill_(1, torch.tensor([3]), -torch.inf)
+
+
+def heads_inside(t):
+    """The same numbers, stored as (rows, heads, columns + 1)."""
+    wide = torch.nn.functional.pad(t.transpose(-3, -2), (0, 1)).contiguous()
+    return wide[..., :-1].transpose(-3, -2)
+
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+# Tiles that are not full, heads in groups, more columns than one warp has, more tiles than one.
 CASES = {
-    # Tiles that are not full, heads in groups, more columns than one warp has, more tiles than one.
-    "float64": (torch.float64, ((2,), 4, 2, 19, 21, 5, 35), {}),
-    "float64 causal": (torch.float64, ((), 2, 1, 70, 37, 3, 4), dict(causal=True)),
-    "float32": (torch.float32, ((1, 2), 3, 3, 35, 70, 9, 6), dict(causal=True)),
-    "float32 wide": (torch.float32, ((), 1, 1, 5, 20, 70, 130), {}),
-    "bfloat16": (torch.bfloat16, ((2,), 2, 1, 70, 75, 20, 36), {}),
-    "bfloat16 causal": (torch.bfloat16, ((), 2, 2, 70, 130, 16, 16), dict(causal=True)),
-    "bfloat16 wide": (torch.bfloat16, ((), 1, 1, 17, 40, 256, 200), {}),
-    "float16": (torch.float16, ((), 2, 1, 33, 34, 72, 24), dict(causal=True)),
+    "float64": (F64, ((2,), 4, 2, 19, 21, 5, 35), {}),
+    "float64 causal": (F64, ((), 2, 1, 70, 37, 3, 4), {"causal": True}),
+    "float64 mask": (F64, ((), 2, 2, 9, 11, 6, 2), {"mask": seen(9, 11), "prepare": heads_inside}),
+    "float32": (F32, ((1, 2), 3, 3, 35, 70, 9, 6), {"causal": True}),
+    "float32 wide": (F32, ((), 1, 1, 5, 20, 70, 130), {}),
+    "float32 mask": (F32, ((), 2, 1, 17, 18, 8, 4), {"mask": added(F32, 2, 17, 18)}),
+    "bfloat16": (BF16, ((2,), 2, 1, 70, 75, 20, 36), {"prepare": heads_inside}),
+    "bfloat16 causal": (BF16, ((), 2, 2, 70, 130, 16, 16), {"causal": True}),
+    "bfloat16 wide": (BF16, ((), 1, 1, 17, 40, 256, 200), {}),
+    "bfloat16 mask": (BF16, ((), 2, 1, 17, 20, 8, 16), {"mask": added(BF16, 2, 17, 20)}),
+    "float16": (F16, ((), 2, 1, 33, 34, 72, 24), {"causal": True}),
+    "float16 mask": (F16, ((), 2, 2, 34, 9, 16, 8), {"mask": seen(34, 9)}),
 }
 
 
@@ -100,3 +129,63 @@ CASES = {
 def test_matches(cuda_backend, case):
     dtype, sizes, options = CASES[case]
     check(cuda_backend, dtype, sizes, **options)
+
+
+@pytest.mark.parametrize("dtype", [F64, BF16])
+@pytest.mark.parametrize("given", [(0, 0, 0, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0)])
+def test_some_changes(cuda_backend, dtype, given):
+    check(cuda_backend, dtype, ((), 2, 1, 5, 6, 8, 3), given=given)
+
+
+def all_results(backend, tensors, mask=None, causal=False):
+    _, ops = backend
+    *x, q_dot, k_dot, v_dot, g, g_dot = tensors
+    call = lambda op, *args: getattr(ops, name(op))(*x, mask, 0.5, causal, *args)
+    o, lse = call("")
+    dual = call("_dual", q_dot, k_dot, v_dot)
+    six = call("_backward_dual", o, lse, g, q_dot, k_dot, v_dot, *dual[2:], g_dot, 7)
+    return [o, lse, *dual, *call("_backward", o, lse, g, 7), *six]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_batch_is_loop_and_nan_stays(cuda_backend, dtype):
+    tensors = make(dtype, cuda_backend[0], (3,), 2, 2, 7, 9, 8, 8)
+    whole = all_results(cuda_backend, tensors)
+    for a, b in zip(all_results(cuda_backend, [t[1:2] for t in tensors]), whole, strict=True):
+        assert torch.equal(a[0], b[1])
+    tensors[1][0, 1, 2, 3] = torch.nan  # one key of one head
+    for a, b in zip(all_results(cuda_backend, tensors), whole, strict=True):
+        assert torch.equal(a[1:], b[1:]) and torch.equal(a[0, 0], b[0, 0]) and a[0, 1].isnan().any()
+
+
+def test_nothing_there(cuda_backend):
+    for queries, keys in [(0, 3), (3, 0), (0, 0)]:
+        o, lse, *rest = all_results(cuda_backend, make(F32, cuda_backend[0], (2,), 2, 1, queries, keys, 4, 2))
+        assert not o.any() and (lse == -torch.inf).all() and not any(t.any() for t in rest[2:])
+    assert not any(t.numel() for t in all_results(cuda_backend, make(BF16, cuda_backend[0], (0,), 2, 1, 3, 3, 4, 2)))
+
+
+def test_gradients_that_are_not_wanted(cuda_backend):
+    device, ops = cuda_backend
+    *x, q_dot, k_dot, v_dot, g, g_dot = make(BF16, device, (), 2, 1, 5, 6, 8, 3)
+    o, lse, o_dot, mu = getattr(ops, name("_dual"))(*x, None, 0.5, False, q_dot, k_dot, v_dot)
+    second = (*x, None, 0.5, False, o, lse, g, q_dot, k_dot, v_dot, o_dot, mu, g_dot)
+    every = getattr(ops, name("_backward_dual"))(*second, 7)
+    for wanted in (1, 2, 4):
+        six = getattr(ops, name("_backward_dual"))(*second, wanted)
+        for i, (a, b) in enumerate(zip(six, every, strict=True)):
+            assert torch.equal(a, b) if wanted >> i % 3 & 1 else a.shape[-1] == 0
+
+
+@pytest.mark.parametrize("dtype", [F64, BF16])
+def test_little_shared_memory(cuda_backend, dtype, monkeypatch):
+    """Smaller tiles on small GPUs: the same bits."""
+    if cuda_backend[1] is torch.ops.gradops:
+        pytest.skip("a GPU has what it has")
+    tensors = make(dtype, "cpu", (), 1, 1, 18, 33, 256, 256)
+    plenty = all_results(cuda_backend, tensors)
+    monkeypatch.setenv("GRADOPS_EMU_SHARED", "101376")
+    assert all(map(torch.equal, all_results(cuda_backend, tensors), plenty))
+    monkeypatch.setenv("GRADOPS_EMU_SHARED", "20000")
+    with pytest.raises(Exception, match="too little shared memory"):
+        all_results(cuda_backend, tensors)
