@@ -173,7 +173,6 @@ __global__ void __launch_bounds__(128)
       constexpr int ld = ForwardShared<T, kChange>::kWeightPitch;
       T* const weights[2] = {shared.weights[0] + (mine - first) * ld,
                              shared.weights[int(kChange)] + (mine - first) * ld};
-      __syncwarp();
 #pragma unroll
       for (int f = 0; f < kFrags; ++f) {
         if (kChange) put_left<T>(weights[1] + 8 * f, ld, s_dot[f]);

@@ -160,8 +160,9 @@ def test_batch_is_loop_and_nan_stays(cuda_backend, dtype):
 
 def test_nothing_there(cuda_backend):
     for queries, keys in [(0, 3), (3, 0), (0, 0)]:
-        o, lse, *rest = all_results(cuda_backend, make(F32, cuda_backend[0], (2,), 2, 1, queries, keys, 4, 2))
-        assert not o.any() and (lse == -torch.inf).all() and not any(t.any() for t in rest[2:])
+        for dtype in (F32, BF16):
+            o, lse, *rest = all_results(cuda_backend, make(dtype, cuda_backend[0], (2,), 2, 1, queries, keys, 8, 2))
+            assert not o.any() and (lse == -torch.inf).all() and not any(t.any() for t in rest[2:])
     assert not any(t.numel() for t in all_results(cuda_backend, make(BF16, cuda_backend[0], (0,), 2, 1, 3, 3, 4, 2)))
 
 
