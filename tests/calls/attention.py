@@ -1,5 +1,3 @@
-import torch
-
 from gradops import curvature
 
 from . import Call
