@@ -100,7 +100,7 @@ def test_cpu_level_of_masks(kind):
     check(torch.ops.gradops, x, mask[:1, 5:6].expand(3, 2, 150, -1))
 
 
-@pytest.mark.parametrize("level", ["v2", "v3"])
+@pytest.mark.parametrize("level", [pytest.param("v2", marks=pytest.mark.slow), "v3"])
 def test_other_levels(run_at_level, level):
     run_at_level(level, "test_small and cpu or cpu_level", pathlib.Path(__file__))
 
