@@ -89,22 +89,26 @@ struct Forward {
           if constexpr (kDot)
             multiply(keys, n - skip, t.d, {tile.k.data, tile.k.next, 1, turned ? q_dot + skip : nullptr, Q},
                      {tile.k_dot.data, tile.k_dot.next, 1, q + skip, Q}, w + skip, Q, false);
-          bool moved = false;
+          // Of members the compiler would think that every store may change them.
+          T *const p = this->p, *const w = this->w, *const shrink = this->shrink;
+          const T* const hidden = t.mask.data ? mask : nullptr;
           for (int64_t j = skip; j < n; j += W) {
             Vec<T> high = top[j / W], part{}, part_dot{};
+            if (edge || hidden)
+              for (int64_t i = 0; i < keys; ++i) {
+                Vec<T> x = load(p + i * Q + j);
+                if (hidden) x += load(hidden + i * Q + j);
+                if (edge) x = hide_future<T>(x, j, k0 - at.q0 + i);
+                store<T>(p + i * Q + j, x);
+              }
             for (int64_t i = 0; i < keys; ++i) {
-              T* const at_ij = p + i * Q + j;
-              Vec<T> x = load(at_ij);
-              if (t.mask.data) x += load(mask + i * Q + j);
-              if (edge) x = hide_future<T>(x, j, k0 - at.q0 + i);
-              if (edge || t.mask.data) store<T>(at_ij, x);
+              const Vec<T> x = load(p + i * Q + j);
               high = high > x ? high : x;
             }
             const Vec<T> base = high == -T(__builtin_inf()) ? Vec<T>{} : high;  // a row that sees no key so far
             for (int64_t i = 0; i < keys; ++i) {
-              T* const at_ij = p + i * Q + j;
-              const Vec<T> e = exp2(load(at_ij) - base);
-              store<T>(at_ij, e);
+              const Vec<T> e = exp2(load(p + i * Q + j) - base);
+              store<T>(p + i * Q + j, e);
               part += e;
               if constexpr (kDot) {
                 const Vec<T> e_dot = e * load(w + i * Q + j) * T(kLn2);
@@ -113,12 +117,14 @@ struct Forward {
               }
             }
             const Vec<T> c = exp2(top[j / W] - base);
-            for (int l = 0; l < W; ++l) moved |= c[l] != T(1);
             store<T>(shrink + j, c);
             sum[j / W] = sum[j / W] * c + part;
             mu[j / W] = mu[j / W] * c + part_dot;
             top[j / W] = high;
           }
+          int moved = 0;
+#pragma omp simd reduction(| : moved)
+          for (int64_t i = skip; i < at.queries; ++i) moved |= shrink[i] != T(1);
           if (!first && moved)
             for (int64_t i = skip; i < at.queries; ++i)
               for (int64_t c = 0; c < dv; c += W) {
@@ -184,22 +190,24 @@ struct Jvp {
           if (t.mask.data && !take_mask<T>(t, at.b, at.h, at.q0, at.queries, k0, keys, line, mask)) return;
           const KeyTile<T> tile = copies(t, at, k0, keys);
           multiply(keys, n - skip, t.d, {tile.k.data, tile.k.next, 1, q + skip, Q}, p + skip, Q, false);
-          if (scores_move)
-            multiply(keys, n - skip, t.d, {tile.k.data, tile.k.next, 1, turned ? q_dot + skip : nullptr, Q},
-                     {tile.k_dot.data, tile.k_dot.next, 1, q + skip, Q}, w + skip, Q, false);
-          for (int64_t i = 0; i < keys; ++i)
-            for (int64_t j = skip; j < n; j += W) {
+          multiply(keys, n - skip, t.d, {tile.k.data, tile.k.next, 1, turned ? q_dot + skip : nullptr, Q},
+                   {tile.k_dot.data, tile.k_dot.next, 1, q + skip, Q}, w + skip, Q, false);
+          T *const p = this->p, *const w = this->w;
+          const T *const lse = this->lse, *const hidden = t.mask.data ? mask : nullptr;
+          for (int64_t j = skip; j < n; j += W) {
+            Vec<T> part{};
+            for (int64_t i = 0; i < keys; ++i) {
               Vec<T> x = load(p + i * Q + j);
-              if (t.mask.data) x += load(mask + i * Q + j);
+              if (hidden) x += load(hidden + i * Q + j);
               if (edge) x = hide_future<T>(x, j, k0 - at.q0 + i);
               const Vec<T> e = exp2(x - load(lse + j));
               store<T>(p + i * Q + j, e);
-              if (scores_move) {
-                const Vec<T> e_dot = e * load(w + i * Q + j) * T(kLn2);
-                store<T>(w + i * Q + j, e_dot);
-                mu[j / W] += e_dot;
-              }
+              const Vec<T> e_dot = e * load(w + i * Q + j) * T(kLn2);
+              store<T>(w + i * Q + j, e_dot);
+              part += e_dot;
             }
+            mu[j / W] += part;
+          }
           multiply(at.queries - skip, dv, keys, {w + skip, 1, Q, scores_move ? tile.v.data : nullptr, tile.v.next},
                    {p + skip, 1, Q, tile.v_dot.data, tile.v_dot.next}, o_dot + skip * dv, dv, true);
         });
