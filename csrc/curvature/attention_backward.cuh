@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(256)
       load_tile(to, source<T>(kOwnKeys ? queries : keys, batch, at.head, other_rows, cols), at.row, plan.others);
     };
     other(shared.a + stage * shared.a_size, t.k, t.q, d), other(shared.b + stage * shared.b_size, t.v, t.g, dv);
-    other(shared.a_dot + stage * shared.a_size, k_dot, q_dot, d);
-    other(shared.b_dot + stage * shared.b_size, v_dot, g_dot, dv);
+    other(behind(shared.a_dot, stage * shared.a_size), k_dot, q_dot, d);
+    other(behind(shared.b_dot, stage * shared.b_size), v_dot, g_dot, dv);
     if (kOwnKeys) load_numbers(shared.row + stage * plan.others, at.head, at.row, plan.others);
   };
 
@@ -159,23 +159,24 @@ __global__ void __launch_bounds__(256)
     wait_async();
     __syncthreads();
     const T *const a = shared.a + stage * shared.a_size, *const b = shared.b + stage * shared.b_size,
-                   *const a_dot = shared.a_dot ? shared.a_dot + stage * shared.a_size : nullptr,
-                   *const b_dot = shared.b_dot ? shared.b_dot + stage * shared.b_size : nullptr;
+                   *const a_dot = behind(shared.a_dot, stage * shared.a_size),
+                   *const b_dot = behind(shared.b_dot, stage * shared.b_size);
     const RowNumbers<S>* const row_numbers = shared.row + (kOwnKeys ? stage * plan.others : 0);
     if (plan.stages == 2) {
       stage = 1 - stage;
       if (after.head < first_head + heads) load(after, stage);
     }
 
-    T *const p = shared.p + my_row * shared.weight_pitch, *const p_dot = shared.p_dot + my_row * shared.weight_pitch,
-             *const ds = shared.ds + my_row * shared.weight_pitch,
-             *const ds_dot = shared.ds_dot + my_row * shared.weight_pitch;
-    const bool active = mine < own_rows;
+    const int my_weights = my_row * shared.weight_pitch;
+    T *const p = behind(shared.p, my_weights), *const p_dot = behind(shared.p_dot, my_weights),
+             *const ds = shared.ds + my_weights, *const ds_dot = behind(shared.ds_dot, my_weights);
+    const bool unseen = t.causal && (kOwnKeys ? at.row + plan.others <= mine : at.row > mine + 15),
+               active = mine < own_rows && !unseen;
     for (int chunk = part * kChunk; active && chunk < plan.others; chunk += plan.columns * kChunk) {
       Sums<T> s[kFrags] = {}, s_dot[kFrags] = {}, dp[kFrags] = {}, dp_dot[kFrags] = {};
       const int a_at = chunk * pitch<T>(d), b_at = chunk * pitch<T>(dv);
-      add_scores<kChange>(s, s_dot, own_a, own_a_dot, a + a_at, a_dot ? a_dot + a_at : nullptr, pitch<T>(d), d);
-      add_scores<kChange>(dp, dp_dot, own_b, own_b_dot, b + b_at, b_dot ? b_dot + b_at : nullptr, pitch<T>(dv), dv);
+      add_scores<kChange>(s, s_dot, own_a, own_a_dot, a + a_at, behind(a_dot, a_at), pitch<T>(d), d);
+      add_scores<kChange>(dp, dp_dot, own_b, own_b_dot, b + b_at, behind(b_dot, b_at), pitch<T>(dv), dv);
       const Scores<T> score(t, batch, kOwnKeys ? at.head : head, kOwnKeys ? at.row + chunk : mine,
                             kOwnKeys ? kChunk : 16, kOwnKeys ? mine : at.row + chunk, kOwnKeys ? 16 : kChunk);
 #pragma unroll
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(256)
         const Left<T> l = left_at<T>(left + k, shared.weight_pitch);
         Left<T> l_dot = {};
         if (kChange) l_dot = left_at<T>(left_dot + k, shared.weight_pitch);
-        add_outputs<kChange, T>(out, out_dot, gradient, l, l_dot, y + right, y_dot ? y_dot + right : nullptr, ld, cols);
+        add_outputs<kChange, T>(out, out_dot, gradient, l, l_dot, y + right, behind(y_dot, right), ld, cols);
       };
       outputs(out_a, out_a_dot, ds, ds_dot, a, a_dot, pitch<T>(d), a_cols);
       if (kOwnKeys) outputs(out_b, out_b_dot, p, p_dot, b, b_dot, pitch<T>(dv), b_cols);
@@ -231,7 +232,8 @@ void run_backward(const AttentionTask& t, const RowNumbers<Arithmetic<T>>* numbe
                 items = t.batch * (kOwnKeys ? t.key_heads : t.heads);
   if (items * rows == 0 || !(kOwnKeys ? t.dk || t.dv_ || t.dk_dot || t.dv_dot : t.dq || t.dq_dot)) return;
   constexpr int kChunk = kBackwardChunk<T, kChange>;
-  const int columns = int(up(t.d > t.dv ? t.d : t.dv, kBackwardCols<T>));
+  const int64_t widest = t.d > t.dv ? t.d : t.dv;
+  const int columns = widest ? int(up(widest, kBackwardCols<T>)) : 1;
   BackwardPlan plan{columns > 4 ? 1 : columns > 2 ? 2 : 4, columns, 64, 2};
   if (others < 64) plan.others = int(up(others ? others : 1, kChunk)) * kChunk;
   const auto bytes = [&] { return BackwardShared<T, kChange, kOwnKeys>(t, plan).bytes; };

@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(128)
   const auto load = [&](int64_t key, int stage) {
     load_tile(shared.k + stage * shared.k_size, k, key, kKeys),
         load_tile(shared.v + stage * shared.v_size, v, key, kKeys);
-    load_tile(shared.k_dot + stage * shared.k_size, k_dot, key, kKeys);
-    load_tile(shared.v_dot + stage * shared.v_size, v_dot, key, kKeys);
+    load_tile(behind(shared.k_dot, stage * shared.k_size), k_dot, key, kKeys);
+    load_tile(behind(shared.v_dot, stage * shared.v_size), v_dot, key, kKeys);
   };
 
   S* const lse = static_cast<S*>(t.lse) + item * t.queries;
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(128)
     wait_async();
     __syncthreads();
     const T *const tile_k = shared.k + stage * shared.k_size, *const tile_v = shared.v + stage * shared.v_size,
-                   *const tile_k_dot = k_dot.data ? shared.k_dot + stage * shared.k_size : nullptr,
-                   *const tile_v_dot = v_dot.data ? shared.v_dot + stage * shared.v_size : nullptr;
+                   *const tile_k_dot = behind(shared.k_dot, stage * shared.k_size),
+                   *const tile_v_dot = behind(shared.v_dot, stage * shared.v_size);
     if (plan.stages == 2) {
       stage = 1 - stage;
       if (key + kKeys < keys) load(key + kKeys, stage);
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(128)
       for (int f = 0; f < kFrags; f += 2) {
         const FragA<T> a = left_of<T>(s[f], s[f + 1]), a_dot = left_of<T>(s_dot[f], s_dot[f + 1]);
         const int at = 8 * f * pitch<T>(cols);
-        add_outputs<kChange, T>(out, out_dot, !plan.known, a, a_dot, tile_v + at,
-                                tile_v_dot ? tile_v_dot + at : nullptr, pitch<T>(cols), cols);
+        add_outputs<kChange, T>(out, out_dot, !plan.known, a, a_dot, tile_v + at, behind(tile_v_dot, at),
+                                pitch<T>(cols), cols);
       }
     } else {
       constexpr int ld = ForwardShared<T, kChange>::kWeightPitch;
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(128)
       for (int at = 0; at < kKeys; ++at)
         add_outputs<kChange, T>(out, out_dot, !plan.known, left_at<T>(weights[0] + at, ld),
                                 left_at<T>(weights[1] + at, ld), tile_v + at * pitch<T>(cols),
-                                tile_v_dot ? tile_v_dot + at * pitch<T>(cols) : nullptr, pitch<T>(cols), cols);
+                                behind(tile_v_dot, at * pitch<T>(cols)), pitch<T>(cols), cols);
     }
   }
   wait_async();  // for the queries, where there are no keys

@@ -32,6 +32,11 @@ __host__ __device__ constexpr int pitch(int cols) {
   return padded<T>(cols) + kVector<T>;
 }
 
+template <class T>
+__device__ inline T* behind(T* p, int64_t n) {  // of an array that may be missing
+  return p ? p + n : nullptr;
+}
+
 // Rows of one head's matrix in global memory.
 template <class T>
 struct Source {
