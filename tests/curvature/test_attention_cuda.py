@@ -116,7 +116,7 @@ CASES = {
     "float32": (F32, ((1, 2), 3, 3, 35, 70, 9, 6), {"causal": True}),
     "float32 wide": (F32, ((), 1, 1, 5, 20, 70, 130), {}),
     "float32 mask": (F32, ((), 2, 1, 17, 18, 8, 4), {"mask": added(F32, 2, 17, 18)}),
-    "bfloat16": (BF16, ((2,), 2, 1, 70, 75, 20, 36), {"prepare": heads_inside}),
+    "bfloat16": (BF16, ((), 2, 1, 70, 75, 20, 36), {"prepare": heads_inside}),
     "bfloat16 causal": (BF16, ((), 2, 2, 70, 130, 16, 16), {"causal": True}),
     "bfloat16 wide": (BF16, ((), 1, 1, 17, 40, 256, 200), {}),
     "bfloat16 mask": (BF16, ((), 2, 1, 17, 20, 8, 16), {"mask": added(BF16, 2, 17, 20)}),
