@@ -81,14 +81,14 @@ __global__ void __launch_bounds__(128)
     own = OwnRows<T>::global(q, mine), own_dot = OwnRows<T>::global(q_dot, mine);
   }
   const auto load = [&](int64_t key, int stage) {
-    load_tile(shared.k + stage * shared.k_size, k, key, kKeys),
-        load_tile(shared.v + stage * shared.v_size, v, key, kKeys);
+    load_tile(shared.k + stage * shared.k_size, k, key, kKeys);
+    load_tile(shared.v + stage * shared.v_size, v, key, kKeys);
     load_tile(behind(shared.k_dot, stage * shared.k_size), k_dot, key, kKeys);
     load_tile(behind(shared.v_dot, stage * shared.v_size), v_dot, key, kKeys);
   };
 
   S* const lse = static_cast<S*>(t.lse) + item * t.queries;
-  S most[2], sum[2] = {}, mu[2] = {};  // of rows g and g + 8
+  S most[2], sum[2] = {}, mu[2] = {};  // of this lane's two rows; sums are of its own keys until the end
   for (int r = 0; r < 2; ++r) {
     const int64_t row = mine + c_row(2 * r);
     most[r] = plan.known && row < t.queries ? lse[row] : minus_infinity<S>();
