@@ -301,11 +301,12 @@ struct Forward {
 };
 
 // --- backward ------------------------------------------------------------------------------------
-// A unit is a part of the chunks of keys of one key head. It has its own sums of dq, in the workspace.
+// A unit is all the chunks of keys of one key head, or where there are few heads a part of them; such parts have sums
+// of dq of their own in the workspace, added up afterwards.
 struct Backward {
   int64_t D, V, B;  // blocks along d, dv and the queries
   char *k, *v, *kt, *q, *qt, *g, *gt, *p, *ds, *dst, *spare;
-  float *s, *dp, *sums, *dk, *dv, *lse, *dots;
+  float *s, *dp, *sums, *dk, *dv, *dq, *lse, *dots;
   int64_t size;
   Backward(const AttentionTask& t, char* scratch)
       : D(column_blocks(t.d)), V(column_blocks(t.dv)), B(blocks_of(t.queries)) {
@@ -320,22 +321,24 @@ struct Backward {
     spare = a.blocks(2);
     s = a.floats(kFloats), dp = a.floats(kFloats), sums = a.floats(kFloats);
     dk = a.floats(K * D * kFloats), dv = a.floats(K * V * kFloats);
+    dq = a.floats(parts(t) == 1 ? group(t) * head_floats(t) : 0);
     lse = a.floats(Q * kSide), dots = a.floats(Q * kSide);
     size = a.at - scratch;
   }
   static int64_t chunks(const AttentionTask& t) { return ceil_div(t.keys, kBackwardKeys * kSide); }
   static int64_t parts(const AttentionTask& t) {
-    return most(least(chunks(t), ceil_div(16, most(t.batch * t.key_heads, 1))), 1);
+    return most(least(chunks(t), ceil_div(8, most(t.batch * t.key_heads, 1))), 1);
   }
   static int64_t units(const AttentionTask& t) { return t.batch * t.key_heads * parts(t); }
   static int64_t scratch(const AttentionTask& t) { return Backward(t, nullptr).size; }
   static int64_t head_floats(const AttentionTask& t) {
     return t.dq ? blocks_of(t.queries) * column_blocks(t.d) * kFloats : 0;
   }
+  static int64_t group(const AttentionTask& t) { return t.heads / most(t.key_heads, 1); }
   static int64_t workspace(const AttentionTask& t) {
-    return t.batch * t.heads * parts(t) * head_floats(t) * int64_t(sizeof(float)) + 64;
+    return parts(t) == 1 ? 0 : t.batch * t.heads * parts(t) * head_floats(t) * int64_t(sizeof(float)) + 64;
   }
-  static float* dq_at(const AttentionTask& t, char* workspace, int64_t head, int64_t part) {
+  static float* part_of(const AttentionTask& t, char* workspace, int64_t head, int64_t part) {
     float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(workspace) + 63) & ~uintptr_t(63));
     return aligned + (head * parts(t) + part) * head_floats(t);
   }
@@ -431,8 +434,11 @@ struct Backward {
   }
 
   void part(const AttentionTask& t, char* workspace, int64_t b, int64_t hk, int64_t part) {
-    const int64_t group = t.heads / t.key_heads, first = hk * group;
-    for (int64_t h = first; h < first + group; ++h) clear(dq_at(t, workspace, b * t.heads + h, part), head_floats(t));
+    const int64_t first = hk * group(t), head_of_all = b * t.heads + first;
+    const auto sums_of = [=, &t, this](int64_t i) {
+      return parts(t) == 1 ? dq + i * head_floats(t) : part_of(t, workspace, head_of_all + i, part);
+    };
+    for (int64_t i = 0; i < group(t); ++i) clear(sums_of(i), head_floats(t));
     for (int64_t chunk = 0; chunk < chunks(t); ++chunk) {
       const int64_t turn = chunk % (2 * parts(t));  // forth and back: with `causal` later ones are shorter
       if ((turn < parts(t) ? turn : 2 * parts(t) - 1 - turn) != part) continue;
@@ -447,12 +453,13 @@ struct Backward {
           pack_block(t.v, b, hk, key + j * kSide, t.keys, c * kSide, t.dv, v + (j * V + c) * kPart);
       }
       clear(dk, keys * D * kFloats), clear(dv, keys * V * kFloats);
-      for (int64_t h = first; h < first + group; ++h)
-        head(t, b, h, key, keys, dq_at(t, workspace, b * t.heads + h, part));
+      for (int64_t i = 0; i < group(t); ++i) head(t, b, first + i, key, keys, sums_of(i));
       const int64_t row = (b * t.key_heads + hk) * t.keys + key, rows = least(t.keys - key, keys * kSide);
       if (t.dk) write(t.dk, dk, D, float(t.scale), row, rows, t.d);
       if (t.dv_) write(t.dv_, dv, V, 1, row, rows, t.dv);
     }
+    if (t.dq && parts(t) == 1)
+      for (int64_t i = 0; i < group(t); ++i) write_dq(t, head_of_all + i, sums_of(i), spare);
   }
 
   static void run(const AttentionTask& t, char* workspace, char* scratch, int64_t begin, int64_t end) {
@@ -467,25 +474,34 @@ struct Backward {
     });
   }
 
-  // dq of one head from the sums of the parts.
-  static int64_t finish_units(const AttentionTask& t) { return t.dq ? t.batch * t.heads : 0; }
+  static void write_dq(const AttentionTask& t, int64_t head, const float* sums, char* spare) {
+    const int64_t D = column_blocks(t.d);
+    const __m512 by = _mm512_set1_ps(float(t.scale));
+    const auto scale = [by](const Queries& x) GRADOPS_INLINE {
+      return Queries{_mm512_mul_ps(x.even, by), _mm512_mul_ps(x.odd, by)};
+    };
+    for (int64_t query = 0; query < t.queries; query += kSide)
+      for (int64_t j = 0; j < D; ++j)
+        write_transposed(sums + (query / kSide * D + j) * kFloats, scale, spare,
+                         static_cast<char*>(t.dq) + 2 * ((head * t.queries + query) * t.d + j * kSide),
+                         least(t.queries - query, kSide), t.d - j * kSide, 2 * t.d);
+  }
+
+  // Heads whose parts are to be added up.
+  static int64_t finish_units(const AttentionTask& t) { return t.dq && parts(t) > 1 ? t.batch * t.heads : 0; }
   static int64_t finish_scratch(const AttentionTask&) { return 2 * kPart; }
   static void finish(const AttentionTask& t, char* workspace, char* scratch, int64_t begin, int64_t end) {
-    const int64_t D = column_blocks(t.d), floats = head_floats(t);
-    const __m512 by = _mm512_set1_ps(float(t.scale));
-    const auto scale = [by](const Queries& x)
-                           GRADOPS_INLINE { return Queries{_mm512_mul_ps(x.even, by), _mm512_mul_ps(x.odd, by)}; };
-    for (int64_t head = begin; head < end; ++head) {
-      float* const sum = dq_at(t, workspace, head, 0);
-      for (int64_t part = 1; part < parts(t); ++part)
-        for (int64_t i = 0; i < floats; i += 16)
-          _mm512_store_ps(sum + i, _mm512_add_ps(_mm512_load_ps(sum + i), _mm512_load_ps(sum + part * floats + i)));
-      for (int64_t query = 0; query < t.queries; query += kSide)
-        for (int64_t j = 0; j < D; ++j)
-          write_transposed(sum + (query / kSide * D + j) * kFloats, scale, scratch,
-                           static_cast<char*>(t.dq) + 2 * ((head * t.queries + query) * t.d + j * kSide),
-                           least(t.queries - query, kSide), t.d - j * kSide, 2 * t.d);
-    }
+    flushing_denormals([&] {
+      for (int64_t head = begin; head < end; ++head) {
+        float* const sum = part_of(t, workspace, head, 0);
+        for (int64_t part = 1; part < parts(t); ++part) {
+          const float* const more = part_of(t, workspace, head, part);
+          for (int64_t i = 0; i < head_floats(t); i += 16)
+            _mm512_store_ps(sum + i, _mm512_add_ps(_mm512_load_ps(sum + i), _mm512_load_ps(more + i)));
+        }
+        write_dq(t, head, sum, scratch);
+      }
+    });
   }
 };
 
