@@ -1,4 +1,5 @@
 """Hessian-vector products of whole models, and what is made of them: spectra, traces, policy-gradient Hessians."""
+from .attention import scaled_dot_product_attention
 from .ggn import fvp, ggnvp
 from .hutchinson import DiagonalEstimate, TraceEstimate, hutchinson_diag, hutchinson_trace
 from .hvp import LinearizedGrad, grad_and_hvp, hvp, linearize_grad
@@ -9,5 +10,5 @@ from .policy import pg_hvp
 __all__ = [
     "DiagonalEstimate", "LanczosResult", "LinearizedGrad", "SpectralDensity", "TraceEstimate", "as_linear_operator",
     "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos", "linearize_grad",
-    "pg_hvp", "slq_density",
+    "pg_hvp", "scaled_dot_product_attention", "slq_density",
 ]  # fmt: skip
