@@ -1,4 +1,4 @@
-// Attention of bf16 by products of bf16 with sums in float: forward and backward, without changes of them.
+// Attention of bf16 by products of bf16 with sums in float: what needs no changes of the inputs.
 #pragma once
 #include "curvature/scaled_dot_product_attention.h"
 
@@ -9,10 +9,11 @@ struct AttentionPass {  // units, independent of each other
   int64_t (*scratch)(const AttentionTask&);  // bytes of the calling thread
   void (*run)(const AttentionTask&, char* workspace, char* scratch, int64_t begin, int64_t end);
 };
-struct AttentionEngine {
-  AttentionPass forward, backward, finish;          // finish: dq, after backward
-  int64_t (*workspace)(const AttentionTask& task);  // bytes, of backward and finish
+struct AttentionGradient {
+  AttentionPass parts, finish;  // one after the other
+  int64_t (*workspace)(const AttentionTask&);
 };
-GRADOPS_DECLARE_BF16(const AttentionEngine&, attention_bf16)
+GRADOPS_DECLARE_BF16(const AttentionPass&, attention_forward_bf16)
+GRADOPS_DECLARE_BF16(const AttentionGradient&, attention_backward_bf16)
 
 }  // namespace gradops
