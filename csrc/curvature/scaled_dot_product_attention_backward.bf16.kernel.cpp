@@ -6,12 +6,15 @@ namespace {
 
 constexpr int64_t kQueries = 4, kKeys = 8;  // blocks of a chunk
 
-// A unit is all the chunks of keys of one key head, or where there are few heads a part of them; such parts have sums
-// of dq of their own in the workspace, added up afterwards.
+// The chunks of keys are dealt out to two parts with sums of dq of their own, added up afterwards. A unit is one part
+// of one key head, its sums in the workspace; or if there are key heads enough to keep threads busy, both parts, its
+// sums in the thread's scratch: no memory that is fresh in every call. The bits are the same.
+constexpr int64_t kParts = 2, kManyHeads = 8;
+
 struct Backward {
   int64_t D, V, B;  // blocks along d, dv and the queries
   char *k, *v, *kt, *q, *qt, *g, *gt, *p, *ds, *dst, *spare;
-  float *s, *dp, *sums, *dk, *dv, *dq, *lse, *dots;
+  float *s, *dp, *sums, *dk, *dv, *dq, *more, *lse, *dots;
   int64_t size;
   Backward(const AttentionTask& t, char* scratch)
       : D(column_blocks(t.d)), V(column_blocks(t.dv)), B(blocks_of(t.queries)) {
@@ -26,26 +29,30 @@ struct Backward {
     spare = a.blocks(2);
     s = a.floats(kFloats), dp = a.floats(kFloats), sums = a.floats(kFloats);
     dk = a.floats(K * D * kFloats), dv = a.floats(K * V * kFloats);
-    dq = a.floats(parts(t) == 1 ? group(t) * head_floats(t) : 0);
+    dq = a.floats(joined(t) ? group(t) * head_floats(t) : 0);  // of all the heads that read the key head
+    more = a.floats(joined(t) && parts(t) > 1 ? group(t) * head_floats(t) : 0);  // of parts but the first
     lse = a.floats(Q * kSide), dots = a.floats(Q * kSide);
     size = a.at - scratch;
   }
   static int64_t chunks(const AttentionTask& t) { return ceil_div(t.keys, kKeys * kSide); }
-  static int64_t parts(const AttentionTask& t) {
-    return most(least(chunks(t), ceil_div(8, most(t.batch * t.key_heads, 1))), 1);
-  }
-  static int64_t units(const AttentionTask& t) { return t.batch * t.key_heads * parts(t); }
+  static int64_t parts(const AttentionTask& t) { return most(least(chunks(t), kParts), 1); }
+  static bool joined(const AttentionTask& t) { return t.batch * t.key_heads >= kManyHeads; }
+  static int64_t units(const AttentionTask& t) { return t.batch * t.key_heads * (joined(t) ? 1 : parts(t)); }
   static int64_t scratch(const AttentionTask& t) { return Backward(t, nullptr).size; }
+  static int64_t group(const AttentionTask& t) { return t.heads / most(t.key_heads, 1); }
   static int64_t head_floats(const AttentionTask& t) {
     return t.dq ? blocks_of(t.queries) * column_blocks(t.d) * kFloats : 0;
   }
-  static int64_t group(const AttentionTask& t) { return t.heads / most(t.key_heads, 1); }
   static int64_t workspace(const AttentionTask& t) {
-    return parts(t) == 1 ? 0 : t.batch * t.heads * parts(t) * head_floats(t) * int64_t(sizeof(float)) + 64;
+    return joined(t) ? 0 : parts(t) * t.batch * t.heads * head_floats(t) * int64_t(sizeof(float)) + 64;
   }
-  static float* part_of(const AttentionTask& t, char* workspace, int64_t head, int64_t part) {
-    float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(workspace) + 63) & ~uintptr_t(63));
-    return aligned + (head * parts(t) + part) * head_floats(t);
+  static float* sums_of(const AttentionTask& t, char* workspace, int64_t head, int64_t part) {
+    float* const aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(workspace) + 63) & ~uintptr_t(63));
+    return aligned + (part * t.batch * t.heads + head) * head_floats(t);
+  }
+  static void add(const float* x, int64_t n, float* to) {
+    for (int64_t i = 0; i < n; i += 16)
+      _mm512_store_ps(to + i, _mm512_add_ps(_mm512_load_ps(to + i), _mm512_load_ps(x + i)));
   }
 
   void pack_queries(const AttentionTask& t, int64_t b, int64_t h, int64_t query, int64_t n) {
@@ -138,12 +145,9 @@ struct Backward {
       }
   }
 
-  void part(const AttentionTask& t, char* workspace, int64_t b, int64_t hk, int64_t part) {
-    const int64_t first = hk * group(t), head_of_all = b * t.heads + first;
-    const auto sums_of = [=, &t, this](int64_t i) {
-      return parts(t) == 1 ? dq + i * head_floats(t) : part_of(t, workspace, head_of_all + i, part);
-    };
-    for (int64_t i = 0; i < group(t); ++i) clear(sums_of(i), head_floats(t));
+  // to: the sums of dq of the heads that read this one, one after the other.
+  void part(const AttentionTask& t, int64_t b, int64_t hk, int64_t part, float* to) {
+    clear(to, group(t) * head_floats(t));
     for (int64_t chunk = 0; chunk < chunks(t); ++chunk) {
       const int64_t turn = chunk % (2 * parts(t));  // forth and back: with `causal` later ones are shorter
       if ((turn < parts(t) ? turn : 2 * parts(t) - 1 - turn) != part) continue;
@@ -158,13 +162,20 @@ struct Backward {
           pack_block(t.v, b, hk, key + j * kSide, t.keys, c * kSide, t.dv, v + (j * V + c) * kPart);
       }
       clear(dk, keys * D * kFloats), clear(dv, keys * V * kFloats);
-      for (int64_t i = 0; i < group(t); ++i) head(t, b, first + i, key, keys, sums_of(i));
+      for (int64_t i = 0; i < group(t); ++i) head(t, b, hk * group(t) + i, key, keys, to + i * head_floats(t));
       const int64_t row = (b * t.key_heads + hk) * t.keys + key, rows = least(t.keys - key, keys * kSide);
       if (t.dk) write(t.dk, dk, D, float(t.scale), row, rows, t.d);
       if (t.dv_) write(t.dv_, dv, V, 1, row, rows, t.dv);
     }
-    if (t.dq && parts(t) == 1)
-      for (int64_t i = 0; i < group(t); ++i) write_dq(t, head_of_all + i, sums_of(i), spare);
+  }
+
+  void all_parts(const AttentionTask& t, int64_t b, int64_t hk) {
+    for (int64_t i = 0; i < parts(t); ++i) {
+      part(t, b, hk, i, i ? more : dq);
+      if (i) add(more, group(t) * head_floats(t), dq);
+    }
+    for (int64_t i = 0; t.dq && i < group(t); ++i)
+      write_dq(t, b * t.heads + hk * group(t) + i, dq + i * head_floats(t), spare);
   }
 
   static void run(const AttentionTask& t, char* workspace, char* scratch, int64_t begin, int64_t end) {
@@ -172,8 +183,11 @@ struct Backward {
       tile_configure();
       Backward f(t, scratch);
       for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t head = unit / parts(t);
-        f.part(t, workspace, head / t.key_heads, head % t.key_heads, unit % parts(t));
+        const int64_t n = joined(t) ? 1 : parts(t), head = unit / n, b = head / t.key_heads, hk = head % t.key_heads;
+        if (joined(t))
+          f.all_parts(t, b, hk);
+        else
+          f.part(t, b, hk, unit % n, sums_of(t, workspace, b * t.heads + hk * group(t), unit % n));
       }
       tile_release();
     });
@@ -191,18 +205,14 @@ struct Backward {
                          least(t.queries - query, kSide), t.d - j * kSide, 2 * t.d);
   }
 
-  // Heads whose parts are to be added up.
-  static int64_t finish_units(const AttentionTask& t) { return t.dq && parts(t) > 1 ? t.batch * t.heads : 0; }
+  // Heads whose parts are still to be added up.
+  static int64_t finish_units(const AttentionTask& t) { return t.dq && !joined(t) ? t.batch * t.heads : 0; }
   static int64_t finish_scratch(const AttentionTask&) { return 2 * kPart; }
   static void finish(const AttentionTask& t, char* workspace, char* scratch, int64_t begin, int64_t end) {
     flushing_denormals([&] {
       for (int64_t head = begin; head < end; ++head) {
-        float* const sum = part_of(t, workspace, head, 0);
-        for (int64_t part = 1; part < parts(t); ++part) {
-          const float* const more = part_of(t, workspace, head, part);
-          for (int64_t i = 0; i < head_floats(t); i += 16)
-            _mm512_store_ps(sum + i, _mm512_add_ps(_mm512_load_ps(sum + i), _mm512_load_ps(more + i)));
-        }
+        float* const sum = sums_of(t, workspace, head, 0);
+        for (int64_t part = 1; part < parts(t); ++part) add(sums_of(t, workspace, head, part), head_floats(t), sum);
         write_dq(t, head, sum, scratch);
       }
     });
