@@ -27,11 +27,12 @@ def _fake_gradients(*args: Any) -> tuple[Tensor, ...]:
 
 
 _forward = register("scaled_dot_product_attention", fake=_fake_forward)
-_dual = register("scaled_dot_product_attention_dual", fake=lambda *args: _fake_forward(*args) * 2)
+_dual = register("scaled_dot_product_attention_dual", fake=lambda *args: _fake_forward(*args) + _fake_forward(*args))
 _jvp = register("scaled_dot_product_attention_jvp", fake=_fake_forward)
 _backward = register("scaled_dot_product_attention_backward", fake=_fake_gradients)
 _backward_jvp = register("scaled_dot_product_attention_backward_jvp", fake=_fake_gradients)
-_backward_dual = register("scaled_dot_product_attention_backward_dual", fake=lambda *args: _fake_gradients(*args) * 2)
+_backward_dual = register("scaled_dot_product_attention_backward_dual",
+                          fake=lambda *args: _fake_gradients(*args) + _fake_gradients(*args))
 
 
 def _bits(wanted: Values) -> int:
