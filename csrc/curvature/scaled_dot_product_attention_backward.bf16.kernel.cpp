@@ -9,7 +9,7 @@ constexpr int64_t kQueries = 4, kKeys = 8;  // blocks of a chunk
 // The chunks of keys are dealt out to two parts with sums of dq of their own, added up afterwards. A unit is one part
 // of one key head, its sums in the workspace; or if there are key heads enough to keep threads busy, both parts, its
 // sums in the thread's scratch: no memory that is fresh in every call. The bits are the same.
-constexpr int64_t kParts = 2, kManyHeads = 8;
+constexpr int64_t kParts = 2, kManyHeads = 16;
 
 struct Backward {
   int64_t D, V, B;  // blocks along d, dv and the queries
