@@ -33,13 +33,15 @@ struct Forward {
   Queries softmax(const float* factor, int64_t keys, int64_t i) {
     const Queries before = load_queries(top + i * kSide);
     Queries m[2] = {before, before};
-    for (int64_t j = 0; j < keys; ++j)
+    for (int64_t j = 0; j < keys; ++j) {
+      const __m512 f = _mm512_set1_ps(factor[j]);
       for (int64_t r = 0; r < kSide; ++r) {
-        const float* x = s + j * kFloats + r * kSide;
-        const __m512 f = _mm512_set1_ps(factor[j]);
-        m[r & 1].even = _mm512_max_ps(m[r & 1].even, _mm512_mul_ps(f, _mm512_load_ps(x)));
-        m[r & 1].odd = _mm512_max_ps(m[r & 1].odd, _mm512_mul_ps(f, _mm512_load_ps(x + 16)));
+        float* const x = s + j * kFloats + r * kSide;
+        const Queries raw = load_queries(x), y{_mm512_mul_ps(f, raw.even), _mm512_mul_ps(f, raw.odd)};
+        store_queries(x, y);  // rounded: the largest less the maximum is 0 however large they are
+        m[r & 1] = {_mm512_max_ps(m[r & 1].even, y.even), _mm512_max_ps(m[r & 1].odd, y.odd)};
       }
+    }
     const Queries now{_mm512_max_ps(m[0].even, m[1].even), _mm512_max_ps(m[0].odd, m[1].odd)};
     const auto finite = [](__m512 x) GRADOPS_INLINE {  // of queries that have not seen a key, anything but -infinity
       return _mm512_max_ps(x, _mm512_set1_ps(-0x1p126f));
@@ -49,20 +51,17 @@ struct Forward {
     store_queries(top + i * kSide, now);
     Queries total = load_queries(sum + i * kSide);
     total.even = _mm512_mul_ps(total.even, shrink.even), total.odd = _mm512_mul_ps(total.odd, shrink.odd);
-    for (int64_t j = 0; j < keys; ++j) {
-      const __m512 f = _mm512_set1_ps(factor[j]);
+    for (int64_t j = 0; j < keys; ++j)
       for (int64_t r = 0; r < kSide; r += 2) {
-        const float* x = s + j * kFloats + r * kSide;
-        const auto power = [=](const float* x, __m512 m)
-                               GRADOPS_INLINE { return exp2_of(_mm512_fmsub_ps(f, _mm512_load_ps(x), m)); };
-        const __m512 e0 = power(x, at.even), o0 = power(x + 16, at.odd);
-        const __m512 e1 = power(x + 32, at.even), o1 = power(x + 48, at.odd);
+        const float* const x = s + j * kFloats + r * kSide;
+        const Queries x0 = load_queries(x), x1 = load_queries(x + kSide);
+        const __m512 e0 = exp2_of(_mm512_sub_ps(x0.even, at.even)), o0 = exp2_of(_mm512_sub_ps(x0.odd, at.odd));
+        const __m512 e1 = exp2_of(_mm512_sub_ps(x1.even, at.even)), o1 = exp2_of(_mm512_sub_ps(x1.odd, at.odd));
         total.even = _mm512_add_ps(total.even, _mm512_add_ps(e0, e1));
         total.odd = _mm512_add_ps(total.odd, _mm512_add_ps(o0, o1));
         store(p + j * kPart + 32 * r, round_to_bf16(e0, e1));
         store(p + j * kPart + 32 * r + kTile, round_to_bf16(o0, o1));
       }
-    }
     store_queries(sum + i * kSide, total);
     return shrink;
   }

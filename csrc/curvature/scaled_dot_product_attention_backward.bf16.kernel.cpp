@@ -92,9 +92,13 @@ struct Backward {
     const Queries l = load_queries(lse + i * kSide), d = load_queries(dots + i * kSide);
     char *const to_p = p + (j * kQueries + i) * kPart, *const to_ds = ds + (j * kQueries + i) * kPart;
     char* const to_dst = dst + (i * kKeys + j) * kPart;
+    // P is at most 1; of scores as large as 1e9 the rounding of lse could make it infinite.
+    const auto power = [f](__m512 x, __m512 lse) GRADOPS_INLINE {
+      return exp2_of(_mm512_min_ps(_mm512_setzero_ps(), _mm512_fmsub_ps(f, x, lse)));  // in this order NaN stays NaN
+    };
     const auto row = [=, this](int64_t r) GRADOPS_INLINE {
       const Queries x = load_queries(s + r * kSide), y = load_queries(dp + r * kSide);
-      const __m512 e = exp2_of(_mm512_fmsub_ps(f, x.even, l.even)), o = exp2_of(_mm512_fmsub_ps(f, x.odd, l.odd));
+      const __m512 e = power(x.even, l.even), o = power(x.odd, l.odd);
       store(to_p + 64 * r, round_to_bf16(e, o));
       const Row<1> change{{round_to_bf16(_mm512_mul_ps(e, _mm512_sub_ps(y.even, d.even)),
                                          _mm512_mul_ps(o, _mm512_sub_ps(y.odd, d.odd)))}};

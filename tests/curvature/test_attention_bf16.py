@@ -112,3 +112,12 @@ def test_nothing_to_see(one_thread):
         o, lse, gradients = run(*tensors(2, 2, 1, queries, keys, 8, 8))
         assert o.shape == (2, 2, queries, 8) and not o.any() and (lse == -torch.inf).all()
         assert not any(x.any() for x in gradients)
+
+
+def test_scores_as_large_as_1e12(one_thread):
+    """The largest score of a query has all its weight, and no rounding makes a power of two infinite."""
+    q, k, v, g = tensors(1, 2, 2, 40, 70, 64, 16)
+    o, lse, gradients = run(q * 1e6, k * 1e5, v, g)
+    first = (q.double() @ k.double().mT).argmax(-1)
+    assert torch.equal(o, v.gather(2, first[..., None].expand(o.shape)))
+    assert all(x.isfinite().all() for x in (lse, *gradients))
