@@ -141,7 +141,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield first_order(p, "gradient", gradient, 7)
         yield second_order(p, "jvp(grad)", jvp_grad)
         yield second_order(p, "double backward", double_backward)
-        yield second_order(p, "forward mode over backward", dual)
+        yield second_order(p, "dual", dual)
     if settings.quick:
         return
     for more in ({"d": 32}, {"d": 128}, {"d": 256}, {"key_heads": 2}, {"mask": True}, {"dtype": torch.bfloat16}):

@@ -3,7 +3,8 @@
 // Tiles of scores are transposed, keys x queries, with queries along the vectors. So a row's maximum and sums are plain
 // vectors, and products find their factors where they are: S^T = K Q^T with Q^T packed once for a block of queries;
 // o += P V and dq += dS K read P^T and dS^T by columns; dv += P^T g and dk += dS^T Q by rows.
-// For *.kernel.cpp only: everything is local to the file that includes it.
+// Packed queries carry scale * log2(e), so that e^S is 2^x, in every pass alike: the backward ones see bit for bit the
+// scores that the forward one summed. For *.kernel.cpp only: everything is local to the file that includes it.
 #pragma once
 #include "common/scratch.h"
 #include "common/widen.h"
@@ -13,6 +14,7 @@
 namespace gradops {
 namespace {
 
+constexpr int64_t kKeysForward = 128, kKeysBackward = 64;  // of a tile
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 template <class T>
 constexpr int64_t kQueries = attention_query_block(sizeof(T) == 8 ? Element::f64 : Element::f32);
@@ -181,6 +183,56 @@ void put_row(Element e, const T* row, int64_t cols, void* out, int64_t at) {
 
 // Every run of blocks, in this order, holds rows that see many keys and rows that see few.
 inline int64_t zigzag(int64_t i, int64_t blocks) { return i & 1 ? blocks - 1 - i / 2 : i / 2; }
+
+// A block of queries of one head.
+struct Block {
+  int64_t b, h, kh, q0, queries, row;  // row: of all batches' and heads' rows, the first
+  Block(const AttentionTask& t, int64_t head, int64_t q0, int64_t block)
+      : b(head / t.heads),
+        h(head % t.heads),
+        kh(h / (t.heads / t.key_heads)),
+        q0(q0),
+        queries(least(block, t.queries - q0)),
+        row(head * t.queries + q0) {}
+};
+template <class T>
+Block zigzagged(const AttentionTask& t, int64_t task) {
+  const int64_t blocks = (t.queries + kQueries<T> - 1) / kQueries<T>;
+  return Block(t, task / blocks, zigzag(task % blocks, blocks) * kQueries<T>, kQueries<T>);
+}
+
+// The two factors that scores are made of, and their changes, for a tile of keys.
+template <class T>
+struct KeyTile {
+  Rows<T> k, v, k_dot, v_dot;
+};
+template <class T, bool kDot>
+struct KeyCopies {
+  T *k, *v, *k_dot, *v_dot;
+  void place(Parts& part, const AttentionTask& t, int64_t keys) {
+    if (is_own<T>(t.element) && t.d == round_up<T>(t.d) && t.dv == round_up<T>(t.dv)) keys = 0;  // all read in place
+    part(k, keys * round_up<T>(t.d)), part(v, keys * round_up<T>(t.dv));
+    if (kDot) part(k_dot, keys * round_up<T>(t.d)), part(v_dot, keys * round_up<T>(t.dv));
+  }
+  KeyTile<T> operator()(const AttentionTask& t, const Block& at, int64_t k0, int64_t keys) const {
+    KeyTile<T> tile{};
+    tile.k = fetch(t.element, t.k, at.b, at.kh, k0, keys, t.d, k);
+    tile.v = fetch(t.element, t.v, at.b, at.kh, k0, keys, t.dv, v);
+    if (kDot) {
+      tile.k_dot = fetch(t.element, t.k_dot, at.b, at.kh, k0, keys, t.d, k_dot);
+      tile.v_dot = fetch(t.element, t.v_dot, at.b, at.kh, k0, keys, t.dv, v_dot);
+    }
+    return tile;
+  }
+};
+
+template <class K, class F>
+void run(K kernel, int64_t begin, int64_t end, const F& one) {
+  with_scratch(kernel);
+  flushing_denormals([&] {
+    for (int64_t task = begin; task < end; ++task) one(kernel, task);
+  });
+}
 
 }  // namespace
 }  // namespace gradops

@@ -81,7 +81,7 @@ def test_small(backend, dtype, mask, causal):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("shape", [((), 2, 2, 150, 200, 32, 48), ((1,), 4, 2, 333, 260, 40, 24),
+@pytest.mark.parametrize("shape", [((), 2, 2, 150, 200, 32, 48), ((1,), 4, 2, 270, 170, 40, 24),
                                    ((2,), 1, 1, 70, 3, 5, 17)])
 def test_cpu_level(shape, causal, dtype):
     check(torch.ops.gradops, example(*shape, dtype=dtype), causal=causal)
@@ -100,9 +100,9 @@ def test_cpu_level_of_masks(kind):
     check(torch.ops.gradops, x, mask[:1, 5:6].expand(3, 2, 150, -1))
 
 
-@pytest.mark.parametrize("level", ["v2", "v3"])
+@pytest.mark.parametrize("level", [pytest.param("v2", marks=pytest.mark.slow), "v3"])
 def test_other_levels(run_at_level, level):
-    run_at_level(level, "test_small and cpu or cpu_level", pathlib.Path(__file__))
+    run_at_level(level, "cpu_level and (shape1 or bool)", pathlib.Path(__file__))
 
 
 def test_second_order():
@@ -157,7 +157,7 @@ def test_strides_are_read_in_place():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_threads_and_batches_do_not_change_a_bit(causal):
-    x = example((2,), 4, 2, 300, 400, 24, 32, torch.float32)
+    x = example((2,), 4, 2, 200, 300, 24, 32, torch.float32)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):

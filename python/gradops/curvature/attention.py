@@ -105,9 +105,9 @@ def scaled_dot_product_attention(
         tensor([[1.0000],
                 [1.6698]])
         >>> f = lambda q: scaled_dot_product_attention(q, k, v).sum()
-        >>> jvp(grad(f), (q,), (torch.ones(2, 2),))[1]
-        tensor([[0., 0.],
-                [0., 0.]])
+        >>> jvp(grad(f), (q,), (torch.eye(2),))[1]
+        tensor([[ 0.0375, -0.0375],
+                [ 0.0375, -0.0375]])
     """
     for name, t in (("query", query), ("key", key), ("value", value)):
         check_floating(t, name)
