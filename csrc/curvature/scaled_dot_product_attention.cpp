@@ -4,6 +4,8 @@
 #include <cstring>
 
 #include "common/parallel.h"
+#include "common/scratch.h"
+#include "curvature/attention_bf16.h"
 
 namespace gradops {
 namespace {
@@ -45,9 +47,25 @@ void over_blocks(const AttentionTask& t, Kernel kernel) {
   parallel_for(0, t.batch * t.heads * blocks, 1, [&](int64_t begin, int64_t end) { kernel(t, begin, end); });
 }
 
+// Products of bf16, where they are asked for and the processor has them; null elsewhere.
+const AttentionPass* bf16_forward(const AttentionTask& t) {
+  const AttentionPass& (*const pick)() = GRADOPS_DISPATCH_BF16(attention_forward_bf16);
+  return pick && t.element == Element::bf16 && !t.o_dot ? &pick() : nullptr;
+}
+const AttentionGradient* bf16_backward(const AttentionTask& t) {
+  const AttentionGradient& (*const pick)() = GRADOPS_DISPATCH_BF16(attention_backward_bf16);
+  return pick && t.element == Element::bf16 && !t.dq_dot && !t.dk_dot && !t.dv_dot ? &pick() : nullptr;
+}
+void over_units(const AttentionTask& t, const AttentionPass& pass, void* workspace) {
+  parallel_for(0, pass.units(t), 1, [&](int64_t begin, int64_t end) {
+    pass.run(t, static_cast<char*>(workspace), thread_scratch(pass.scratch(t)), begin, end);
+  });
+}
+
 }  // namespace
 
 int64_t cpu::attention_workspace(const AttentionTask& t) {
+  if (const AttentionGradient* gradient = bf16_backward(t)) return gradient->workspace(t);
   int64_t total = 0;
   for (const Sum& s : Sums(t).all)
     if (s.out && !in_output(t.element, s.columns)) total += bytes(t.element, s);
@@ -55,6 +73,7 @@ int64_t cpu::attention_workspace(const AttentionTask& t) {
 }
 
 void cpu::attention_forward(const AttentionTask& t, void*, void*) {
+  if (const AttentionPass* pass = bf16_forward(t)) return over_units(t, *pass, nullptr);
   over_blocks(t, GRADOPS_DISPATCH(attention_forward_blocks));
 }
 
@@ -63,6 +82,10 @@ void cpu::attention_jvp(const AttentionTask& t, void*, void*) {
 }
 
 void cpu::attention_backward(const AttentionTask& t, void* workspace, void*) {
+  if (const AttentionGradient* gradient = bf16_backward(t)) {
+    over_units(t, gradient->parts, workspace);
+    return over_units(t, gradient->finish, workspace);
+  }
   const Sums outputs(t);
   AttentionSums sums{};
   char* next = static_cast<char*>(workspace);
