@@ -1,13 +1,15 @@
 """Hessian-vector products of whole models, and what is made of them: spectra, traces, policy-gradient Hessians."""
+from .cross_entropy import cross_entropy
 from .ggn import fvp, ggnvp
 from .hutchinson import DiagonalEstimate, TraceEstimate, hutchinson_diag, hutchinson_trace
 from .hvp import LinearizedGrad, grad_and_hvp, hvp, linearize_grad
 from .lanczos import LanczosResult, SpectralDensity, lanczos, slq_density
 from .operators import as_linear_operator
 from .policy import pg_hvp
+from .softmax_ce_hvp import softmax_ce_hvp
 
 __all__ = [
     "DiagonalEstimate", "LanczosResult", "LinearizedGrad", "SpectralDensity", "TraceEstimate", "as_linear_operator",
-    "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos", "linearize_grad",
-    "pg_hvp", "slq_density",
+    "cross_entropy", "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos",
+    "linearize_grad", "pg_hvp", "slq_density", "softmax_ce_hvp",
 ]  # fmt: skip

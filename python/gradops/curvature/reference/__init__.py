@@ -1,0 +1,6 @@
+"""Plain PyTorch twins of this family's kernels: any dtype, any order of derivatives, the yardstick of every test."""
+from .cross_entropy import cross_entropy, softmax_ce_hvp
+
+__all__ = [
+    "cross_entropy", "softmax_ce_hvp",
+]  # fmt: skip
