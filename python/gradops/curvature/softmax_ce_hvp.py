@@ -68,7 +68,7 @@ def softmax_ce_hvp(logits: Tensor, u: Tensor, target: Tensor | None = None, *, r
     refuse_derivative("softmax_ce_hvp", logits=logits, u=u)
     if target is None:
         scale = logits.new_ones(rows, dtype=torch.float64)
-        count = rows.numel()
+        count = scale.numel()
     else:
         scale = (target != ignore_index).double()
         count = scale.sum().clamp(min=1)
