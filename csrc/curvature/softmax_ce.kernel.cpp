@@ -30,6 +30,20 @@ A number(double x) {  // as rounding to bfloat16 wants NaN
 
 // --- numbers of 4 bytes and less -----------------------------------------------------------------------------------
 
+[[gnu::always_inline]] inline bool any_lane(Vec<int> true_is_all_ones) {
+#if defined(__AVX512F__)
+  return __builtin_ia32_cvtd2mask512(true_is_all_ones) != 0;
+#elif defined(__AVX2__)
+  return __builtin_ia32_movmskps256((Floats)true_is_all_ones) != 0;
+#elif defined(__SSE2__)
+  return __builtin_ia32_movmskps((Floats)true_is_all_ones) != 0;
+#else
+  for (int i = 0; i < kWide; ++i)
+    if (true_is_all_ones[i]) return true;
+  return false;
+#endif
+}
+
 template <class T>
 struct Block {
   // n: of pairs of vectors
@@ -40,6 +54,16 @@ struct Block {
       a = larger(v.a, a), b = larger(v.b, b);
     }
     return top_lane(larger(a, b));
+  }
+
+  static int64_t place_of(float top, const T* z, int64_t n) {  // of the first
+    int64_t i = 0;
+    for (; i + kPair < n; i += kPair) {
+      const Two v = load(z + i);
+      if (any_lane((v.a == all(top)) | (v.b == all(top)))) break;
+    }
+    while (i < n - 1 && widen(z[i]) != top) ++i;
+    return i;
   }
 
   struct Sums {
@@ -93,6 +117,11 @@ struct Block<double> {
     for (int64_t i = 0; i < n; ++i) top = z[i] > top ? z[i] : top;
     return top;
   }
+  static int64_t place_of(double top, const double* z, int64_t n) {
+    int64_t i = 0;
+    while (i < n - 1 && z[i] != top) ++i;
+    return i;
+  }
   template <bool kDot>
   static void add(RowSums& s, const double* z, const double* u, int64_t n) {
     double sum = 0, dot = 0, total = 0;
@@ -131,16 +160,6 @@ struct Rest {
   }
 };
 
-// The first i with z[i] = top
-template <class T>
-int64_t place_of(Arithmetic<T> top, const T* z, int64_t n) {
-  int32_t first = int32_t(n - 1);
-#pragma omp simd reduction(min : first)
-  for (int32_t i = 0; i < int32_t(n); ++i)
-    if (widen(z[i]) == top && i < first) first = i;
-  return first;
-}
-
 template <bool kDot, class T>
 RowSums sums_of(const T* z, const T* u, int64_t cols, const double* known_lse) {
   using A = Arithmetic<T>;
@@ -149,7 +168,7 @@ RowSums sums_of(const T* z, const T* u, int64_t cols, const double* known_lse) {
   const auto add = [&](const T* z, const T* u, int64_t n) {
     const A top = Block<T>::top(z, n);
     if (double(top) > s.top) {
-      const double centre = kDot ? double(widen(u[place_of(top, z, n)])) : 0;
+      const double centre = kDot ? double(widen(u[Block<T>::place_of(top, z, n)])) : 0;
       if (kDot) s.dot += s.sum * (s.centre - centre), s.centre = centre;
       const double f = known_lse ? 1 : s.top == -kInfinity ? 0 : exp_of(s.top - double(top));
       s.sum *= f, s.dot *= f, s.top = double(top);

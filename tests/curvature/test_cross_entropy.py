@@ -76,10 +76,11 @@ def test_matches_torch_in_float64(dtype, rows, classes, smoothing, reduction):
     torch.testing.assert_close(ours.double(), want, rtol=TOLERANCE[dtype], atol=1e-6, equal_nan=True)
     if rows == 0 or bool((t == -100).all()):
         return
-    ours, = torch.autograd.grad(ours.double().sin().sum(), z)
-    want, = torch.autograd.grad(want.sin().sum(), exact)
-    # a loss of a 16-bit dtype is rounded before its sine
-    assert error(ours, want) <= (10 if dtype == torch.float64 else 40) * TOLERANCE[dtype] or want.norm() < 1e-6
+    weights = torch.arange(1, 1 + ours.numel()).view(ours.shape)  # numbers of every dtype
+    ours, = torch.autograd.grad((ours * weights).sum(), z)
+    want, = torch.autograd.grad((want * weights).sum(), exact)
+    # float16 has no numbers below 6e-8
+    assert (ours.double() - want).norm() <= 2 * TOLERANCE[dtype] * want.norm() + 1e-7 * classes**0.5 * (dtype == torch.float16)
 
 
 def closed_over(f, target, **options):
@@ -203,8 +204,3 @@ def test_a_bad_target_on_cuda_is_nan(cuda_backend):
     assert loss[0].isfinite() and loss[1:].isnan().all()
     dz = ops.softmax_ce_backward(z, t, lse, torch.ones_like(lse), -100, 0.0)
     assert dz[0].isfinite().all() and dz[1:].isnan().all()
-
-
-@pytest.mark.parametrize("level", ["v2", "v3"])
-def test_on_other_levels(run_at_level, level):
-    run_at_level(level, "raw_ops and cpu or masked and cpu", __file__)
