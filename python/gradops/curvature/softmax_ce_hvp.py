@@ -56,11 +56,10 @@ def softmax_ce_hvp(logits: Tensor, u: Tensor, target: Tensor | None = None, *, r
     check_floating(logits, "logits")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have at least 1 class, (..., C), got {tuple(logits.shape)}")
-    for x, name in ((u, "u"), (out, "out")):
-        if x is not None or name == "u":
-            check_like(x, name, logits, "logits")
-            if x.dtype != logits.dtype:
-                raise TypeError(f"{name} must have the dtype of logits, {logits.dtype}, got {x.dtype}")
+    for x, name in ((u, "u"), (logits if out is None else out, "out")):
+        check_like(x, name, logits, "logits")
+        if x.dtype != logits.dtype:
+            raise TypeError(f"{name} must have the dtype of logits, {logits.dtype}, got {x.dtype}")
     rows = logits.shape[:-1]
     if target is not None:
         check_target(target, rows, logits, "logits")
@@ -68,7 +67,7 @@ def softmax_ce_hvp(logits: Tensor, u: Tensor, target: Tensor | None = None, *, r
     refuse_derivative("softmax_ce_hvp", logits=logits, u=u)
     if target is None:
         scale = logits.new_ones(rows, dtype=torch.float64)
-        count = scale.numel()
+        count: Tensor | int = scale.numel()
     else:
         scale = (target != ignore_index).double()
         count = scale.sum().clamp(min=1)
