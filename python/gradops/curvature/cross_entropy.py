@@ -60,7 +60,7 @@ def cross_entropy(input: Tensor, target: Tensor, weight: None = None, *, ignore_
         input: the logits, ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``; float64, float32, bfloat16 or float16.
         target: class indices in [0, C), of the shape of ``input`` without C; int64 or int32.
         weight: must be None: class weights are not taken.
-        ignore_index: rows with this target have loss and gradient 0, whatever their logits; they do not count in a mean.
+        ignore_index: rows with this target have loss and gradient 0, whatever their logits, and do not count in a mean.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. A mean of no rows is NaN.
         label_smoothing: in [0, 1].
 
@@ -73,9 +73,10 @@ def cross_entropy(input: Tensor, target: Tensor, weight: None = None, *, ignore_
             checked, since it would stop the stream: the loss of such a row, and its gradient, is NaN.
 
     A logit of -inf has p = 0 and gradient 0 (less t); a row of nothing else, or with a NaN, is NaN. Arithmetic is in
-    float32 (float64 for float64 logits) with sums carried on in float64; a loss is within 1e-6 of the exact one, and the
-    mean or sum is made in float64 before it is rounded. The loss reads the logits once and allocates nothing of their
-    size; the gradient, and its change, is one read and one write. ``(N, C, d1, ...)`` is copied once, to have C last.
+    float32 (float64 for float64 logits) with sums carried on in float64; a loss is within 1e-6 max(1, loss) of the
+    exact one, and the mean or sum is made in float64 before it is rounded. The loss reads the logits once and allocates
+    nothing of their size; the gradient, and its change, is one read and one write. ``(N, C, d1, ...)`` is copied once,
+    to have C last.
 
     Example:
         >>> import torch
