@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from .._checks import check_floating, check_one_of
 from ._functions import Gradient, leaves, recording, resolve
+from .softmax_ce_hvp import softmax_ce_hvp
 
 # From the model's outputs z and their change u = J v to the cotangent of z.
 Curvature = Callable[[Tensor, Tensor], Tensor]
@@ -53,10 +54,9 @@ def ggnvp(model_fn: Any, loss_fn: str | Callable[[Tensor], Tensor], params: Any,
             raise ValueError("reduction is for the named losses; a function reduces as it likes")
         return _product(model_fn, params, v, lambda z, u: _hessian_of(loss_fn, z, u))
     check_one_of(loss_fn, "loss_fn", ("cross_entropy", "mse"))
-    mean = reduction == "mean"
     if loss_fn == "mse":
-        return _product(model_fn, params, v, lambda z, u: u * (2 / z.numel() if mean else 2))
-    return _product(model_fn, params, v, lambda z, u: _softmax(z, u) * _scale(z, mean))
+        return _product(model_fn, params, v, lambda z, u: u * (2 / z.numel() if reduction == "mean" else 2))
+    return _product(model_fn, params, v, lambda z, u: softmax_ce_hvp(z, u, reduction=reduction))
 
 
 @torch.compiler.disable
@@ -98,11 +98,10 @@ def fvp(model_fn: Any, params: Any, v: Any, *, likelihood: str = "categorical", 
     def curvature(z: Tensor, u: Tensor) -> Tensor:
         if z.dim() == 0:
             raise ValueError("model_fn must return at least 1 dimension (..., C), got shape ()")
-        if mc_samples:
-            w = _sampled(z, u, likelihood, mc_samples, generator)
-        else:
-            w = _softmax(z, u) if likelihood == "categorical" else u
-        return w * _scale(z, reduction == "mean")
+        if not mc_samples and likelihood == "categorical":
+            return softmax_ce_hvp(z, u, reduction=reduction)
+        w = _sampled(z, u, likelihood, mc_samples, generator) if mc_samples else u
+        return w / max(z[..., 0].numel(), 1) if reduction == "mean" else w
 
     return _product(model_fn, params, v, curvature)
 
@@ -128,17 +127,6 @@ def _product(model_fn: Any, params: Any, v: Any, curvature: Curvature) -> Any:
     if all(h is None for h in products):
         raise ValueError("the outputs depend on none of params: model_fn must compute them from its argument")
     return tree.build([torch.zeros_like(p) if h is None else h for h, p in zip(products, points, strict=True)])
-
-
-def _scale(z: Tensor, mean: bool) -> float:
-    return 1 / max(z[..., 0].numel(), 1) if mean else 1.0
-
-
-def _softmax(z: Tensor, u: Tensor) -> Tensor:
-    """(diag p - p p') u, row by row."""
-    p = z.softmax(-1)
-    pu = p * u
-    return pu.sub_(p * pu.sum(-1, keepdim=True))
 
 
 def _sampled(z: Tensor, u: Tensor, likelihood: str, samples: int, generator: torch.Generator | None) -> Tensor:
