@@ -3,11 +3,13 @@ from .ggn import fvp, ggnvp
 from .hutchinson import DiagonalEstimate, TraceEstimate, hutchinson_diag, hutchinson_trace
 from .hvp import LinearizedGrad, grad_and_hvp, hvp, linearize_grad
 from .lanczos import LanczosResult, SpectralDensity, lanczos, slq_density
+from .linear_ce_ggnvp import linear_ce_ggnvp
+from .linear_cross_entropy import linear_cross_entropy
 from .operators import as_linear_operator
 from .policy import pg_hvp
 
 __all__ = [
     "DiagonalEstimate", "LanczosResult", "LinearizedGrad", "SpectralDensity", "TraceEstimate", "as_linear_operator",
-    "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos", "linearize_grad",
-    "pg_hvp", "slq_density",
+    "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos", "linear_ce_ggnvp",
+    "linear_cross_entropy", "linearize_grad", "pg_hvp", "slq_density",
 ]  # fmt: skip

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..linalg.wide_matmul import wide_matmul_
 from ..rl.linear_chunks import _chunks, _wide
-from ._softmax_ce import softmax_ce, softmax_ce_backward_, softmax_ce_backward_jvp_, softmax_ce_hvp_out, softmax_ce_jvp
 
 # A chunk of rows reads and writes all of the gradient of the weight, which asks for many; its logits are the memory
 # that is used, which asks for few.
@@ -17,6 +16,7 @@ _ROWS = {"cpu": 256, "cuda": 1024}
 HIDDEN, WEIGHT, BIAS = 1, 2, 4  # whose gradients are wanted
 
 Maybe = Tensor | None
+_kernels = torch.ops.gradops
 
 
 def _gradients(hidden: Tensor, weight: Tensor, wanted: int) -> list[Tensor]:
@@ -114,19 +114,19 @@ def _sweep(hidden: Tensor, weight: Tensor, bias: Maybe, target: Tensor, lse: May
     for rows, (z, *more) in _memory(hidden, weight, 2 if moves else 1):
         _logits(z, rows, hidden, weight, bias)
         if lse is None:
-            loss[rows], new_lse[rows] = softmax_ce(z, target[rows], *options)
+            loss[rows], new_lse[rows] = _kernels.softmax_ce(z, target[rows], *options)
         known = (new_lse if lse is None else lse)[rows]
         row_g = None if g is None else g[rows]
         if moves:
             u = more[0]
             _change(u, rows, hidden, weight, *dots)
-            loss_dot[rows], lse_dot[rows] = softmax_ce_jvp(z, target[rows], u, known, *options)
+            loss_dot[rows], lse_dot[rows] = _kernels.softmax_ce_jvp(z, target[rows], u, known, *options)
             if wanted_dot:
                 row_g_dot = None if g_dot is None else g_dot[rows]
-                softmax_ce_backward_jvp_(z, target[rows], u, known, lse_dot[rows], row_g, row_g_dot, *options)
+                _kernels.softmax_ce_backward_jvp_(z, target[rows], u, known, lse_dot[rows], row_g, row_g_dot, *options)
         if wanted or (wanted_dot and moves):
             dz = z
-            softmax_ce_backward_(dz, target[rows], known, row_g, *options)
+            _kernels.softmax_ce_backward_(dz, target[rows], known, row_g, *options)
         if wanted:
             first.add(rows, dz, hidden, weight)
         if wanted_dot:
@@ -146,6 +146,6 @@ def ggn(hidden: Tensor, weight: Tensor, hidden_dot: Maybe, weight_dot: Maybe, sc
         for rows, (z, u) in _memory(h, w, 2):
             _logits(z, rows, h, w, None)
             _change(u, rows, h, w, h_dot, w_dot, None)
-            softmax_ce_hvp_out(z, u, c[rows], u)
+            _kernels.softmax_ce_hvp_out(z, u, c[rows], u)
             sums.add(rows, u, h, w)
     return out
