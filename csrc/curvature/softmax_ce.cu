@@ -8,7 +8,8 @@ namespace gradops {
 namespace {
 
 struct RowSums {
-  double base, sum, dot, total;  // of e^(z - base), of that times u; total: of u, or without one, of z
+  double top, sum;     // of e^(z - top), or with the logsumexp known, of p
+  double mean, total;  // p.u; the sum of u, or without one, of z
 };
 
 // e (slope + rate (u - centre)) + shift, for e = e^(z - base)
@@ -44,34 +45,48 @@ __device__ RowSums sums_of(const T* z, const T* u, int64_t cols, const double* k
   using A = Arithmetic<T>;
   constexpr int kSize = Pack<T>::kSize;
   const bool whole = aligned(z) && aligned(u);
-  A top = known ? A(*known) : -A(INFINITY);
-  Compensated<A> sum, dot;
+  A top = -A(INFINITY);
+  Compensated<A> sum, dot;  // dot: of e (u - centre), for the u of the largest z: p.u is nearly that if p is nearly 1
+  A centre = 0;
   double total = 0;
   for (int64_t i = int64_t(threadIdx.x) * kSize; i < cols; i += int64_t(blockDim.x) * kSize) {
     A x[kSize], y[kSize], higher = top;
     load(z, i, cols, whole, -A(INFINITY), x);
     if (u) load(u, i, cols, whole, A(0), y);
-    for (int j = 0; j < kSize; ++j) higher = x[j] > higher ? x[j] : higher;
-    if (!known && higher > top) {
-      const A f = top == -A(INFINITY) ? A(0) : exp_of(top - higher);
+    int place = 0;
+    for (int j = 0; j < kSize; ++j)
+      if (x[j] > higher) higher = x[j], place = j;
+    if (higher > top) {
+      if (u) {
+        A next = 0;
+        for (int j = 0; j < kSize; ++j) next = j == place ? y[j] : next;
+        dot.add(A(sum.value()) * (centre - next)), centre = next;
+      }
+      const A f = known ? A(1) : top == -A(INFINITY) ? A(0) : exp_of(top - higher);
       sum.scale(f), dot.scale(f), top = higher;
     }
-    const A base = !known && top == -A(INFINITY) ? A(0) : top;  // all is masked: any base gives 0, or NaN
+    const A base = known ? A(*known) : top == -A(INFINITY) ? A(0) : top;  // all is masked: any base gives 0, or NaN
     A s = 0, d = 0;
     for (int j = 0; j < kSize; ++j) {
       const A e = exp_of(x[j] - base);
       s += e;
-      if (u) d += e * y[j];
+      if (u) d += e * (y[j] - centre);
       if (total_wanted && i + j < cols) total += double(u ? y[j] : x[j]);
     }
     sum.add(s), dot.add(d);
   }
-  const double max = known ? double(A(*known)) : block_all(double(top), -double(INFINITY), scratch, Larger());
-  const double f = double(top) == max ? 1 : exp(double(top) - max);
-  const double own_dot = f == 0 ? 0 : f * dot.value();
+  const double max = block_all(double(top), -double(INFINITY), scratch, Larger());
+  const double f = known || double(top) == max ? 1 : exp(double(top) - max);
   const double own = f == 0 && sum.value() == sum.value() ? 0 : f * sum.value();
-  return {max, block_all(own, 0., scratch, Add()), u ? block_all(own_dot, 0., scratch, Add()) : 0,
-          total_wanted ? block_all(total, 0., scratch, Add()) : 0};
+  const double all = block_all(own, 0., scratch, Add());
+  double mean = 0;
+  if (u) {
+    const double middle = double(top) == max ? double(centre) : -double(INFINITY);
+    const double common = block_all(middle, -double(INFINITY), scratch, Larger());
+    const double own_dot = f == 0 ? 0 : f * (dot.value() + sum.value() * (double(centre) - common));
+    mean = common + block_all(own_dot, 0., scratch, Add()) / all;
+  }
+  return {max, all, mean, total_wanted ? block_all(total, 0., scratch, Add()) : 0};
 }
 
 template <class T>
@@ -117,13 +132,12 @@ __global__ void __launch_bounds__(256) sums(const SoftmaxCeSums t) {
     const RowSums row = sums_of(z, u, t.cols, t.known_lse ? t.known_lse + r : nullptr, s > 0, scratch);
     if (threadIdx.x != 0) continue;
     if (u) {
-      const double mean = row.dot / row.sum;
-      t.lse[r] = mean;
-      t.loss[r] = mean - (1 - s) * to_double(u[target]) - (s > 0 ? s * row.total / double(t.cols) : 0);
+      t.lse[r] = row.mean;
+      t.loss[r] = row.mean - (1 - s) * to_double(u[target]) - (s > 0 ? s * row.total / double(t.cols) : 0);
     } else {  // from the largest logit, so that no digits are lost where logits are large
-      const double log_sum = log(row.sum), own = s < 1 ? (1 - s) * (row.base - to_double(z[target])) : 0;
-      t.lse[r] = row.base + log_sum;
-      t.loss[r] = log_sum + own + (s > 0 ? s * (row.base - row.total / double(t.cols)) : 0);
+      const double log_sum = log(row.sum), own = s < 1 ? (1 - s) * (row.top - to_double(z[target])) : 0;
+      t.lse[r] = row.top + log_sum;
+      t.loss[r] = log_sum + own + (s > 0 ? s * (row.top - row.total / double(t.cols)) : 0);
     }
   }
 }
@@ -161,7 +175,7 @@ __global__ void __launch_bounds__(256) products(const SoftmaxCeHvp t) {
     }
     const T *z = row_of<T>(t.z, r, t.cols), *u = row_of<T>(t.u, r, t.cols);
     const RowSums row = sums_of(z, u, t.cols, nullptr, false, scratch);  // each thread writes what it read itself
-    write_row(Line<Arithmetic<T>>(row.base + log(row.sum), 0, t.scale[r], row.dot / row.sum, 0), z, u, out, t.cols);
+    write_row(Line<Arithmetic<T>>(row.top + log(row.sum), 0, t.scale[r], row.mean, 0), z, u, out, t.cols);
   }
 }
 

@@ -9,10 +9,13 @@
 namespace gradops::GRADOPS_ISA {
 namespace {
 
+// centre is the u of the largest z: where p is nearly 1, p.u would be nearly that, and u - p.u of few digits.
 struct RowSums {
-  double base, sum = 0, dot = 0;  // of e^(z - base), and of that times u
-  double total = 0;               // of u, or without one, of z
+  double top = -kInfinity, base, centre = 0;
+  double sum = 0, dot = 0;  // of e^(z - base), and of that times u - centre
+  double total = 0;         // of u, or without one, of z
   double log_sum() const { return log_of(sum); }
+  double mean() const { return centre + dot / sum; }
 };
 
 // e (slope + rate (u - centre)) + shift, for e = e^(z - base)
@@ -41,23 +44,23 @@ struct Block {
 
   struct Sums {
     Floats sum{}, dot{}, total{};
-    [[gnu::always_inline]] void add(const Powers& powers, Floats d, Floats u, bool has_u) {
+    [[gnu::always_inline]] void add(const Powers& powers, Floats d, Floats u, Floats centre, bool has_u) {
       const Floats e = powers(d, all(kLog2E));
       sum += e;
-      if (has_u) dot += e * u;
+      if (has_u) dot += e * (u - centre);
       total += has_u ? u : d;
     }
   };
   template <bool kDot>
   static void add(RowSums& s, const T* z, const T* u, int64_t n) {
     const Powers powers;
-    const Floats base = all(float(s.base));
+    const Floats base = all(float(s.base)), centre = all(float(s.centre));
     Sums a, b;
     for (int64_t i = 0; i < n; i += kPair) {
       const Two v = load(z + i);
       const Two w = kDot ? load(u + i) : Two();
-      a.add(powers, v.a - base, w.a, kDot);
-      b.add(powers, v.b - base, w.b, kDot);
+      a.add(powers, v.a - base, w.a, centre, kDot);
+      b.add(powers, v.b - base, w.b, centre, kDot);
     }
     s.sum += lanes_sum(a.sum + b.sum);
     s.total += lanes_sum(a.total + b.total) + (kDot ? 0 : double(n) * s.base);
@@ -97,7 +100,7 @@ struct Block<double> {
     for (int64_t i = 0; i < n; ++i) {
       const double e = exp_of(z[i] - s.base);
       sum += e;
-      if (kDot) dot += e * u[i];
+      if (kDot) dot += e * (u[i] - s.centre);
       total += kDot ? u[i] : z[i] - s.base;
     }
     s.sum += sum, s.dot += dot, s.total += total + (kDot ? 0 : double(n) * s.base);
@@ -128,29 +131,37 @@ struct Rest {
   }
 };
 
+// The first i with z[i] = top
+template <class T>
+int64_t place_of(Arithmetic<T> top, const T* z, int64_t n) {
+  int32_t first = int32_t(n - 1);
+#pragma omp simd reduction(min : first)
+  for (int32_t i = 0; i < int32_t(n); ++i)
+    if (widen(z[i]) == top && i < first) first = i;
+  return first;
+}
+
 template <bool kDot, class T>
 RowSums sums_of(const T* z, const T* u, int64_t cols, const double* known_lse) {
-  RowSums s{known_lse ? double(Arithmetic<T>(*known_lse)) : -kInfinity};
-  const auto raise = [&](double top) {
-    if (known_lse || !(top > s.base)) return;
-    const double f = s.base == -kInfinity ? 0 : exp_of(s.base - top);
-    s.sum *= f, s.dot *= f, s.base = top;
-  };
-  // Where all is masked so far, any finite base gives e = 0, or NaN
+  using A = Arithmetic<T>;
+  RowSums s;
+  s.base = known_lse ? double(A(*known_lse)) : 0;  // where all is masked so far, any base gives e = 0, or NaN
   const auto add = [&](const T* z, const T* u, int64_t n) {
-    RowSums now = s;
-    if (s.base == -kInfinity && !known_lse) now.base = 0;
-    Block<T>::template add<kDot>(now, z, u, n);
-    now.base = s.base;
-    s = now;
+    const A top = Block<T>::top(z, n);
+    if (double(top) > s.top) {
+      const double centre = kDot ? double(widen(u[place_of(top, z, n)])) : 0;
+      if (kDot) s.dot += s.sum * (s.centre - centre), s.centre = centre;
+      const double f = known_lse ? 1 : s.top == -kInfinity ? 0 : exp_of(s.top - double(top));
+      s.sum *= f, s.dot *= f, s.top = double(top);
+      if (!known_lse) s.base = s.top;
+    }
+    Block<T>::template add<kDot>(s, z, u, n);
   };
   for (int64_t b = 0; b < cols; b += kBlock) {
     const int64_t n = cols - b < kBlock ? cols - b : kBlock, whole = n / kWhole<T> * kWhole<T>;
-    raise(Block<T>::top(z + b, whole));
-    add(z + b, kDot ? u + b : u, whole);
+    if (whole) add(z + b, kDot ? u + b : u, whole);
     if (whole == n) continue;
     const Rest<T> rest(z + b + whole, kDot ? u + b + whole : u, n - whole);
-    raise(Block<T>::top(rest.z, kPair));
     const double total = s.total;
     add(rest.z, rest.u, kPair);
     s.total = total;
@@ -201,15 +212,15 @@ void sums(const SoftmaxCeSums& t, int64_t begin, int64_t end) {
     const double s = t.label_smoothing;
     if (u) {
       const RowSums row = sums_of<true>(z, u, t.cols, lse);
-      t.lse[r] = row.dot / row.sum;
+      t.lse[r] = row.mean();
       t.loss[r] = t.lse[r] - (1 - s) * double(widen(u[target]));
       if (s > 0) t.loss[r] -= s * row.total / double(t.cols);
     } else {  // from the largest logit, so that no digits are lost where logits are large
       const RowSums row = sums_of<false>(z, u, t.cols, lse);
       const double log_sum = row.log_sum();
-      t.lse[r] = row.base + log_sum;
-      t.loss[r] = log_sum + (s < 1 ? (1 - s) * (row.base - double(widen(z[target]))) : 0.);
-      if (s > 0) t.loss[r] += s * (row.base - row.total / double(t.cols));
+      t.lse[r] = row.top + log_sum;
+      t.loss[r] = log_sum + (s < 1 ? (1 - s) * (row.top - double(widen(z[target]))) : 0.);
+      if (s > 0) t.loss[r] += s * (row.top - row.total / double(t.cols));
     }
   }
 }
@@ -245,7 +256,7 @@ void products(const SoftmaxCeHvp& t, int64_t begin, int64_t end) {
       continue;
     }
     const RowSums row = sums_of<true>(z, u, t.cols, nullptr);
-    write_row<true>(line_of<T>(row.base + row.log_sum(), 0, t.scale[r], row.dot / row.sum, 0), z, u, out, t.cols);
+    write_row<true>(line_of<T>(row.top + row.log_sum(), 0, t.scale[r], row.mean(), 0), z, u, out, t.cols);
   }
 }
 

@@ -1,4 +1,5 @@
 """Hessian-vector products of whole models, and what is made of them: spectra, traces, policy-gradient Hessians."""
+from .cross_entropy import cross_entropy
 from .ggn import fvp, ggnvp
 from .hutchinson import DiagonalEstimate, TraceEstimate, hutchinson_diag, hutchinson_trace
 from .hvp import LinearizedGrad, grad_and_hvp, hvp, linearize_grad
@@ -7,9 +8,10 @@ from .linear_ce_ggnvp import linear_ce_ggnvp
 from .linear_cross_entropy import linear_cross_entropy
 from .operators import as_linear_operator
 from .policy import pg_hvp
+from .softmax_ce_hvp import softmax_ce_hvp
 
 __all__ = [
     "DiagonalEstimate", "LanczosResult", "LinearizedGrad", "SpectralDensity", "TraceEstimate", "as_linear_operator",
-    "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos", "linear_ce_ggnvp",
-    "linear_cross_entropy", "linearize_grad", "pg_hvp", "slq_density",
+    "cross_entropy", "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos",
+    "linear_ce_ggnvp", "linear_cross_entropy", "linearize_grad", "pg_hvp", "slq_density", "softmax_ce_hvp",
 ]  # fmt: skip
