@@ -26,7 +26,7 @@ def _gradients(hidden: Tensor, weight: Tensor, wanted: int) -> list[Tensor]:
     return [hidden.new_empty(shape if wanted >> i & 1 else (*batch, 0), dtype=wide) for i, shape in enumerate(shapes)]
 
 
-def _items(batch: tuple[int, ...], *tensors: Any) -> Iterator[list[Any]]:
+def _items(batch: tuple[int, ...], *tensors: Maybe) -> Iterator[list[Any]]:
     for i in product(*map(range, batch)):
         yield [None if t is None else t[i] for t in tensors]
 
@@ -34,47 +34,56 @@ def _items(batch: tuple[int, ...], *tensors: Any) -> Iterator[list[Any]]:
 class _Sums:
     """The gradients of hidden, weight and bias, to which every chunk adds its part."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor, wanted: int) -> None:
-        self.hidden, self.weight, self.bias, self.wanted = hidden, weight, bias, wanted
+    def __init__(self, wanted: int, hidden: Any, weight: Any, bias: Any = None) -> None:
+        self.wanted, self.hidden, self.weight, self.bias = wanted, hidden, weight, bias
 
-    def add(self, rows: slice, dz: Tensor, hidden: Maybe, weight: Maybe, more: bool = False) -> None:
-        """The products of dz with these; with `more`, to the rows' products so far."""
-        if self.wanted & BIAS and not more:
+    def add_bias(self, rows: slice, dz: Tensor) -> None:
+        if self.wanted & BIAS:
             part = dz.sum(0)
             self.bias.copy_(part) if rows.start == 0 else self.bias.add_(part)
-        if dz.is_cuda and (hidden is not None or weight is not None):
-            dz = dz.to((weight if hidden is None else hidden).dtype)  # once for both products
+
+    def add_hidden(self, rows: slice, dz: Tensor, weight: Maybe, more: bool = False) -> None:
+        """With `more`, a further part of these rows."""
         if self.wanted & HIDDEN and weight is not None:
             wide_matmul_(self.hidden[rows], dz, weight, add=more)
-        if self.wanted & WEIGHT and hidden is not None:
-            wide_matmul_(self.weight, dz.mT, hidden[rows], add=more or rows.start > 0)
+
+    def add_weight(self, rows: slice, dz: Tensor, hidden: Tensor) -> None:
+        if self.wanted & WEIGHT:
+            wide_matmul_(self.weight, dz.mT, hidden, add=rows.start > 0)
 
 
-def _memory(hidden: Tensor, weight: Tensor, count: int) -> Iterator[tuple[slice, list[Tensor]]]:
+def _memory(hidden: Tensor, weight: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
     """A chunk of rows after the other, with `count` matrices for their logits in memory of the one before."""
-    n = len(hidden)
+    n, v = len(hidden), len(weight)
     size = min(_ROWS[hidden.device.type], max(n // 4, 64))
-    memory = [hidden.new_empty(min(n, size), len(weight), dtype=_wide(hidden.dtype)) for _ in range(count)]
+    memory = hidden.new_empty(count * min(n, size), v, dtype=_wide(hidden.dtype))
     for rows in _chunks(n, size):
-        yield rows, [m[:rows.stop - rows.start] for m in memory]
+        yield rows, memory[:count * (rows.stop - rows.start)]
 
 
-def _logits(z: Tensor, rows: slice, hidden: Tensor, weight: Tensor, bias: Maybe) -> None:
-    wide_matmul_(z, hidden[rows], weight.mT)
-    if bias is not None:
-        z += bias
-
-
-def _change(u: Tensor, rows: slice, hidden: Tensor, weight: Tensor, hidden_dot: Maybe, weight_dot: Maybe,
-            bias_dot: Maybe) -> None:
-    if hidden_dot is not None:
-        wide_matmul_(u, hidden_dot[rows], weight.mT)
+def _logits(both: Tensor, rows: slice, hidden: Tensor, weight: Tensor, bias: Maybe, hidden_dot: Maybe,
+            weight_dot: Maybe, bias_dot: Maybe) -> tuple[Tensor, Tensor]:
+    """Logits and below them, if there is room, their change; of both, products with the weight are one."""
+    n = rows.stop - rows.start
+    z, u = both[:n], both[n:]
+    if hidden_dot is None:
+        wide_matmul_(z, hidden[rows], weight.mT)
+        if weight_dot is None:
+            u.zero_()
+    else:
+        wide_matmul_(both, torch.cat([hidden[rows], hidden_dot[rows]]), weight.mT)
     if weight_dot is not None:
         wide_matmul_(u, hidden[rows], weight_dot.mT, add=hidden_dot is not None)
-    if hidden_dot is None and weight_dot is None:
-        u.zero_()
+    if bias is not None:
+        z += bias
     if bias_dot is not None:
         u += bias_dot
+    return z, u
+
+
+def _for_products(dz: Tensor, hidden: Tensor) -> Tensor:
+    """Products on CUDA take both of one dtype: rounded once for all of them."""
+    return dz.to(hidden.dtype) if dz.is_cuda else dz
 
 
 def outputs(hidden, weight, bias, target, lse, g, hidden_dot, weight_dot, bias_dot, g_dot, ignore_index,
@@ -98,54 +107,57 @@ def sweep(hidden: Tensor, weight: Tensor, bias: Maybe, target: Tensor, lse: Mayb
                   label_smoothing, wanted, wanted_dot)
     for item in _items(hidden.shape[:-2], hidden, weight, bias, target, lse, g, hidden_dot, weight_dot, bias_dot, g_dot,
                        *out):
-        _sweep(*item[:10], ignore_index, label_smoothing, wanted, wanted_dot, item[10:])
+        _sweep((ignore_index, label_smoothing), wanted, wanted_dot, item[10:], *item[:10])
     return out
 
 
-def _sweep(hidden: Tensor, weight: Tensor, bias: Maybe, target: Tensor, lse: Maybe, g: Maybe, hidden_dot: Maybe,
-           weight_dot: Maybe, bias_dot: Maybe, g_dot: Maybe, ignore_index: int, label_smoothing: float, wanted: int,
-           wanted_dot: int, out: list[Tensor]) -> None:
+def _sweep(options: tuple[int, float], wanted: int, wanted_dot: int, out: list[Tensor], hidden: Tensor, weight: Tensor,
+           bias: Maybe, target: Tensor, lse: Maybe, g: Maybe, hidden_dot: Maybe, weight_dot: Maybe, bias_dot: Maybe,
+           g_dot: Maybe) -> None:
     loss, new_lse, *gradients = out[:5]
     loss_dot, lse_dot, *changes = out[5:]
     dots = hidden_dot, weight_dot, bias_dot
     moves = any(t is not None for t in dots)
-    first, second = _Sums(*gradients, wanted), _Sums(*changes, wanted_dot)
-    options = ignore_index, label_smoothing
-    for rows, (z, *more) in _memory(hidden, weight, 2 if moves else 1):
-        _logits(z, rows, hidden, weight, bias)
+    first, second = _Sums(wanted, *gradients), _Sums(wanted_dot, *changes)
+    for rows, both in _memory(hidden, weight, 2 if moves else 1):
+        z, u = _logits(both, rows, hidden, weight, bias, *dots)
         if lse is None:
             loss[rows], new_lse[rows] = _kernels.softmax_ce(z, target[rows], *options)
-        known = (new_lse if lse is None else lse)[rows]
-        row_g = None if g is None else g[rows]
+        known, row_g, row_g_dot = (None if t is None else t[rows] for t in (new_lse if lse is None else lse, g, g_dot))
         if moves:
-            u = more[0]
-            _change(u, rows, hidden, weight, *dots)
             loss_dot[rows], lse_dot[rows] = _kernels.softmax_ce_jvp(z, target[rows], u, known, *options)
-            if wanted_dot:
-                row_g_dot = None if g_dot is None else g_dot[rows]
-                _kernels.softmax_ce_backward_jvp_(z, target[rows], u, known, lse_dot[rows], row_g, row_g_dot, *options)
-        if wanted or (wanted_dot and moves):
-            dz = z
-            _kernels.softmax_ce_backward_(dz, target[rows], known, row_g, *options)
-        if wanted:
-            first.add(rows, dz, hidden, weight)
-        if wanted_dot:
-            second.add(rows, u, hidden, weight)
-            second.add(rows, dz, hidden_dot, weight_dot, more=True)
+        if wanted_dot:  # u becomes the change of the gradient
+            _kernels.softmax_ce_backward_jvp_(z, target[rows], u, known, lse_dot[rows], row_g, row_g_dot, *options)
+            second.add_bias(rows, u)
+        if wanted or wanted_dot:  # and z the gradient
+            _kernels.softmax_ce_backward_(z, target[rows], known, row_g, *options)
+            first.add_bias(rows, z)
+            both = _for_products(both, hidden)
+            z, u = both.tensor_split([len(z)])
+        first.add_hidden(rows, z, weight)
+        first.add_weight(rows, z, hidden[rows])
+        second.add_hidden(rows, u, weight)
+        second.add_hidden(rows, z, weight_dot, more=True)
+        if hidden_dot is None:
+            second.add_weight(rows, u, hidden[rows])
+        else:
+            second.add_weight(rows, both, torch.cat([hidden_dot[rows], hidden[rows]]))
 
 
 def ggn_outputs(hidden, weight, hidden_dot, weight_dot, scale):
-    return tuple(_gradients(hidden, weight, HIDDEN | WEIGHT)[:2])
+    d_hidden, d_weight, _ = _gradients(hidden, weight, HIDDEN | WEIGHT)
+    return d_hidden, d_weight
 
 
 def ggn(hidden: Tensor, weight: Tensor, hidden_dot: Maybe, weight_dot: Maybe, scale: Tensor) -> tuple[Tensor, Tensor]:
     """J' diag(scale) H J of the logits, for changes of hidden and weight."""
     out = ggn_outputs(hidden, weight, hidden_dot, weight_dot, scale)
     for h, w, h_dot, w_dot, c, *item in _items(hidden.shape[:-2], hidden, weight, hidden_dot, weight_dot, scale, *out):
-        sums = _Sums(*item, item[0], HIDDEN | WEIGHT)
-        for rows, (z, u) in _memory(h, w, 2):
-            _logits(z, rows, h, w, None)
-            _change(u, rows, h, w, h_dot, w_dot, None)
+        sums = _Sums(HIDDEN | WEIGHT, *item)
+        for rows, both in _memory(h, w, 2):
+            z, u = _logits(both, rows, h, w, None, h_dot, w_dot, None)
             _kernels.softmax_ce_hvp_out(z, u, c[rows], u)
-            sums.add(rows, u, h, w)
+            u = _for_products(u, h)
+            sums.add_hidden(rows, u, w)
+            sums.add_weight(rows, u, h[rows])
     return out

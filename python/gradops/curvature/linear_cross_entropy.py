@@ -13,17 +13,17 @@ from ._linear_ce_chunks import outputs, sweep
 from ._second_order import Kernels, Maybe, Values, differentiable
 from .cross_entropy import check_rule, check_target
 
-_library.define("linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? lse, Tensor? g, "
-                "Tensor? hidden_dot, Tensor? weight_dot, Tensor? bias_dot, Tensor? g_dot, int ignore_index, "
-                "float label_smoothing, int wanted, int wanted_dot) -> (Tensor loss, Tensor lse, Tensor d_hidden, "
-                "Tensor d_weight, Tensor d_bias, Tensor loss_dot, Tensor lse_dot, Tensor d_hidden_dot, "
-                "Tensor d_weight_dot, Tensor d_bias_dot)")
+_library.define("linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? lse, "
+                "Tensor? g, Tensor? hidden_dot, Tensor? weight_dot, Tensor? bias_dot, Tensor? g_dot, "
+                "int ignore_index, float label_smoothing, int wanted, int wanted_dot) "
+                "-> (Tensor loss, Tensor lse, Tensor d_hidden, Tensor d_weight, Tensor d_bias, "
+                "Tensor loss_dot, Tensor lse_dot, Tensor d_hidden_dot, Tensor d_weight_dot, Tensor d_bias_dot)")
 torch.library.impl(_library, "linear_cross_entropy", "CompositeExplicitAutograd")(sweep)
 _op = register("linear_cross_entropy", fake=outputs)
 
-# What y is. _ROWS: the loss of every row, which may get any gradient g, so that the backward pass makes the logits again.
-# Otherwise the sum of them, and this number a mask of the gradients to be expected: they are made beside the logits in
-# the forward pass, kept as further outputs, and multiplied by g in the backward pass; and so are their changes.
+# What y is. _ROWS: the loss of every row, which may get any gradient g, so that the backward pass makes the logits
+# again. Otherwise the sum of them, and this number a mask of the gradients to be expected: they are made beside the
+# logits in the forward pass, kept as further outputs, and multiplied by g in the backward pass; and so are their changes.
 _ROWS = -1
 
 
@@ -116,15 +116,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: T
         z = h W^\top + b, \qquad \ell = \log \sum_j e^{z_j} - \sum_j t_j z_j, \qquad
         t = (1 - s)\, e_{target} + \frac{s}{V}
 
-    with :math:`s` the ``label_smoothing``: :func:`cross_entropy` of ``torch.nn.functional.linear(hidden, weight, bias)``.
-    Reverse and forward mode, both orders, vmap and torch.compile are exact; derivatives of the third order raise.
+    with :math:`s` the ``label_smoothing``: :func:`cross_entropy` of :func:`torch.nn.functional.linear`. Reverse and
+    forward mode, both orders, vmap and torch.compile are exact; derivatives of the third order raise.
 
     With a change (a dot) of the three inputs, p = softmax(z) and :math:`g_i` the gradient of the loss of a row:
 
     .. math::
         \dot z = \dot h W^\top + h \dot W^\top + \dot b, \quad D = \mathrm{diag}(g)(p - t), \quad
         \dot D = \mathrm{diag}(\dot g)(p - t) + \mathrm{diag}(g)\, p \circ (\dot z - p^\top \dot z) \\
-        dh = D W, \quad dW = D^\top h, \quad \dot{dh} = \dot D W + D \dot W, \quad \dot{dW} = \dot D^\top h + D^\top \dot h
+        dh = D W, \quad dW = D^\top h, \quad \dot{dh} = \dot D W + D \dot W, \quad
+        \dot{dW} = \dot D^\top h + D^\top \dot h
 
     Args:
         hidden: ``(..., H)``; float64, float32, bfloat16 or float16. Not modified.
@@ -143,12 +144,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: T
         ValueError: shapes, devices or numbers do not fit; on the CPU, a target outside [0, V). On CUDA that is not
             checked: the loss of such a row, and the gradients, are NaN.
 
-    Rows are taken in chunks of at most 256 (1024 on CUDA), and no more than a quarter of them (but 64): one matrix of a
+    Rows are taken in chunks of at most 256 (1024 on CUDA), and no more than a quarter of all (but 64): one matrix of a
     chunk's logits is in memory, and for a change another one. A reduced loss makes the gradients in the same visit of
-    the chunk, if its inputs require any, and keeps them until the backward pass, which multiplies them by a number: 6 N H
-    V operations, as with the logits kept, and H (N + V) numbers in float32 (float64 for float64). In evaluation use
-    ``torch.no_grad()``, without which it makes gradients for nobody. With "none" the backward pass makes the logits
-    again: 8 N H V. The change of the gradient, in either mode, costs 14 N H V more, whatever the reduction.
+    the chunk, if its inputs require any, and keeps them until the backward pass, which multiplies them by a number:
+    6 N H V operations, as with the logits kept, and H (N + V) numbers in float32 (float64 for float64). In evaluation
+    use ``torch.no_grad()``, without which it makes gradients for nobody. With "none" the backward pass makes the logits
+    again: 8 N H V. The change of the gradient, in either mode, costs 14 N H V more of a reduced loss; with "none" 14,
+    and 6 for the change of the loss.
 
     Products of float32 input are in float32 (as torch's settings say), those of 16-bit input are exact with sums in
     float32, and so are the logits, of which only their gradient is rounded to 16 bits, for the products with it.

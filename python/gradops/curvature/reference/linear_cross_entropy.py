@@ -1,6 +1,5 @@
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
 from torch.nn.functional import linear
 
 from .cross_entropy import cross_entropy, softmax_ce_hvp
@@ -17,6 +16,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: T
 def linear_ce_ggnvp(h: Tensor, W: Tensor, h_dot: Tensor | None, W_dot: Tensor | None, targets: Tensor | None, *,
                     reduction: str = "mean", ignore_index: int = -100, label_smoothing: float = 0.0,
                     ) -> tuple[Tensor, Tensor]:
-    dots = tuple(torch.zeros_like(x) if dot is None else dot for x, dot in ((h, h_dot), (W, W_dot)))
-    z, u = jvp(linear, (h, W), dots)
-    return vjp(linear, h, W)[1](softmax_ce_hvp(z, u, targets, reduction=reduction, ignore_index=ignore_index))
+    z, u = linear(h, W), torch.zeros_like(h[..., :1])
+    if h_dot is not None:
+        u = u + linear(h_dot, W)
+    if W_dot is not None:
+        u = u + linear(h, W_dot)
+    r = softmax_ce_hvp(z, u.expand_as(z), targets, reduction=reduction, ignore_index=ignore_index)
+    return r @ W, r.flatten(0, -2).mT @ h.flatten(0, -2)
