@@ -22,8 +22,8 @@ torch.library.impl(_library, "linear_cross_entropy", "CompositeExplicitAutograd"
 _op = register("linear_cross_entropy", fake=outputs)
 
 # What y is. _ROWS: the loss of every row, which may get any gradient g, so that the backward pass makes the logits
-# again. Otherwise the sum of them, and this number a mask of the gradients to be expected: they are made beside the
-# logits in the forward pass, kept as further outputs, and multiplied by g in the backward pass; and so are their changes.
+# again. Otherwise their sum, and this number a mask of the gradients to be expected: those are made beside the logits
+# in the forward pass, kept as further outputs, and multiplied by g in the backward pass; and so are their changes.
 _ROWS = -1
 
 
