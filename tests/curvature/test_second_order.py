@@ -120,6 +120,13 @@ def test_only_what_is_wanted(op):
     assert calls == ["forward", "backward"] and torch.equal(x.grad, w * x.detach())
 
 
+def test_checkpoint(op):
+    points = numbers(0, 1, requires_grad=True)
+    checkpointed = torch.utils.checkpoint.checkpoint(op, *points, use_reentrant=False)
+    got, want = (torch.autograd.grad(y.sum(), points) for y in (checkpointed, op(*points)))
+    torch.testing.assert_close(got, want)
+
+
 def test_no_third_order(op):
     x, w, v = numbers(0, 1, 2)
     with pytest.raises(RuntimeError, match="squares: derivatives of the third order are not supported"):

@@ -221,8 +221,9 @@ def _keep(ctx: Any, values: Values) -> None:
 
 
 def _kept(ctx: Any, bare: Callable[[list[Tensor]], list[Tensor]] = list) -> list[Any]:
-    tensors = iter(bare([t for t in ctx.saved_tensors if t is not None]))
-    return [v if t is None else next(tensors) for t, v in zip(ctx.saved_tensors, ctx.values, strict=True)]
+    saved = ctx.saved_tensors  # once: a checkpoint recomputes them at the first look, and refuses a second one
+    tensors = iter(bare([t for t in saved if t is not None]))
+    return [v if t is None else next(tensors) for t, v in zip(saved, ctx.values, strict=True)]
 
 
 def _with(t: Maybe, dot: Maybe) -> Maybe:
