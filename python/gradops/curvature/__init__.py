@@ -9,6 +9,6 @@ from .policy import pg_hvp
 
 __all__ = [
     "DiagonalEstimate", "LanczosResult", "LinearizedGrad", "SpectralDensity", "TraceEstimate", "as_linear_operator",
-    "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos", "layer_norm", "linearize_grad",
-    "pg_hvp", "rms_norm", "slq_density",
+    "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos", "layer_norm",
+    "linearize_grad", "pg_hvp", "rms_norm", "slq_density",
 ]  # fmt: skip

@@ -27,7 +27,8 @@ def _gradients(x: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: in
 
 
 _forward = register("layer_norm", fake=lambda x, weight, bias, eps, center: _with_stats(x))
-_jvp = register("layer_norm_jvp", fake=lambda x, weight, bias, stats, x_dot, weight_dot, bias_dot, center: _with_stats(x))
+_jvp = register(
+    "layer_norm_jvp", fake=lambda x, weight, bias, stats, x_dot, weight_dot, bias_dot, center: _with_stats(x))
 _backward = register(
     "layer_norm_backward", fake=lambda x, weight, bias, stats, g, center, wanted: _gradients(x, weight, bias, wanted))
 _backward_jvp = register(
@@ -73,8 +74,8 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         RuntimeError: a derivative of the third order, or forward over forward mode, is asked for.
 
     Every pass reads its tensors once and writes its result once: the gradient, the change of ``y`` along a change of
-    the inputs, and the change of the gradient, which serve double backward and forward over reverse alike. Ba, Kiros and
-    Hinton, arXiv 1607.06450; the derivatives are in ``csrc/curvature/layer_norm.h``.
+    the inputs, and the change of the gradient, which serve double backward and forward over reverse alike. Ba, Kiros
+    and Hinton, arXiv 1607.06450; the derivatives are in ``csrc/curvature/layer_norm.h``.
 
     Example:
         >>> import torch
@@ -135,8 +136,8 @@ def _check(x: Any, eps: Any, **parameters: Any) -> None:
             continue
         check_floating(t, name)
         if t.dtype != x.dtype and not (t.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, or be float32 beside bfloat16 and float16, got "
-                            f"{t.dtype}")
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, or be float32 beside bfloat16 and float16, "
+                            f"got {t.dtype}")
         if kind not in (None, t.dtype):
             raise TypeError(f"{name} must have the dtype of weight, {kind}, got {t.dtype}")
         kind = t.dtype
