@@ -1,22 +1,30 @@
 #include "curvature/layer_norm.h"
 
+#include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 
 namespace gradops {
 namespace {
 
-// Sums of every piece of rows, then weights of the type that is computed in where they are not, and a row of zeros.
+constexpr int64_t kGrain = 32768;  // numbers of a tensor that are worth a thread
+
+// Sums over rows are made in pieces that do not depend on the number of threads, and the pieces added in order. In
+// memory: the sums of every piece, then weights of the type that is computed in where they are not, and a row of zeros.
 struct Workspace {
   Element real;
-  int64_t pieces, sums, partial, parameters, bytes;
+  int64_t sums, piece, pieces, partial, parameters, bytes;
 
   explicit Workspace(const LayerNormTask& t)
       : real(t.element == Element::f64 ? Element::f64 : Element::f32),
-        pieces((t.rows + layer_norm_piece(t.rows) - 1) / layer_norm_piece(t.rows)),
         sums(t.dbias     ? 2
              : t.dweight ? 1
                          : 0),
+        piece(sums == 0          ? kGrain / (t.n + 1) + 1
+              : t.rows < 64 * 16 ? 16
+              : t.rows > 64 * 64 ? 64
+                                 : t.rows / 64),
+        pieces((t.rows + piece - 1) / piece),
         partial(t.batch * pieces * sums * t.n * element_size(real)),
         parameters(t.batch * t.n * element_size(real)),
         bytes(partial + 4 * parameters + t.n * element_size(real)) {}
@@ -49,12 +57,12 @@ void cpu::layer_norm(const LayerNormTask& t, void* workspace, void*) {
   const auto forward = GRADOPS_DISPATCH(layer_norm_forward), jvp = GRADOPS_DISPATCH(layer_norm_jvp);
   const auto backward = t.pass == LayerNormPass::backward ? GRADOPS_DISPATCH(layer_norm_backward)
                                                           : GRADOPS_DISPATCH(layer_norm_backward_jvp);
-  const int64_t piece = layer_norm_piece(t.rows), grain = 32768 / (piece * t.n + 1) + 1;
-  parallel_for(0, t.batch * plan.pieces, grain, [&](int64_t first, int64_t last) {
+  if (t.out) prefer_huge_pages(t.out, t.batch * t.rows * row);
+  parallel_for(0, t.batch * plan.pieces, kGrain / (plan.piece * t.n + 1) + 1, [&](int64_t first, int64_t last) {
     char* buffers = element_size(t.element) == 2 ? thread_scratch(kLayerNormBuffers * real_row) : nullptr;
     for (int64_t i = first; i < last; ++i) {
-      const int64_t item = i / plan.pieces, rows = item * t.rows, begin = i % plan.pieces * piece;
-      const int64_t end = begin + piece < t.rows ? begin + piece : t.rows;
+      const int64_t item = i / plan.pieces, rows = item * t.rows, begin = i % plan.pieces * plan.piece;
+      const int64_t end = begin + plan.piece < t.rows ? begin + plan.piece : t.rows;
       const LayerNormRows r{at(t.x, rows, row),
                             at(t.x_dot, rows, row),
                             at(t.g, rows, row),
@@ -87,7 +95,7 @@ void cpu::layer_norm(const LayerNormTask& t, void* workspace, void*) {
   const auto add_pieces = [&](int64_t which, void* out) {
     if (!out) return;
     for (int64_t item = 0; item < t.batch; ++item)
-      parallel_for(0, t.n, 32768 / (plan.pieces + 1) + 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, t.n, kGrain / (plan.pieces + 1) + 1, [&](int64_t begin, int64_t end) {
         total(at(workspace, item * plan.pieces * plan.sums + which, real_row), plan.real, plan.pieces, plan.sums * t.n,
               at(out, item, t.n * element_size(t.weight_element)), t.weight_element, begin, end);
       });

@@ -106,19 +106,32 @@ __global__ void __launch_bounds__(kMaxThreads) change(const __grid_constant__ La
   }
 }
 
-int64_t pieces_of(const LayerNormTask& t) { return (t.rows + layer_norm_piece(t.rows) - 1) / layer_norm_piece(t.rows); }
-int64_t sums_of(const LayerNormTask& t) { return t.dbias ? 2 : t.dweight ? 1 : 0; }
+// Pieces of rows: as many as fill a GPU, as large as keeps their sums small.
+struct Pieces {
+  int sums;
+  int64_t size, count;
+  explicit Pieces(const LayerNormTask& t)
+      : sums(t.dbias     ? 2
+             : t.dweight ? 1
+                         : 0),
+        size(sums == 0           ? 1
+             : t.rows < 512 * 4  ? 4
+             : t.rows > 512 * 64 ? 64
+                                 : t.rows / 512),
+        count((t.rows + size - 1) / size) {}
+};
 
 // dx and the sums over a piece of rows, or with kChange the changes of both. partial: for every piece `sums` rows.
 template <class T, bool kChange>
 __global__ void __launch_bounds__(kMaxThreads)
-    backward(const __grid_constant__ LayerNormTask t, Arithmetic<T>* partial, int sums, bool shared) {
+    backward(const __grid_constant__ LayerNormTask t, const __grid_constant__ Pieces pieces, Arithmetic<T>* partial,
+             bool shared) {
   using R = Arithmetic<T>;
   GRADOPS_DYNAMIC_SHARED(R, kept);
   __shared__ double scratch[32];
-  const int64_t size = layer_norm_piece(t.rows), pieces = (t.rows + size - 1) / size;
-  const int64_t item = blockIdx.x / pieces, begin = blockIdx.x % pieces * size, parameters = item * t.n;
-  const int64_t end = begin + size < t.rows ? begin + size : t.rows;
+  const int sums = pieces.sums;
+  const int64_t item = blockIdx.x / pieces.count, begin = blockIdx.x % pieces.count * pieces.size;
+  const int64_t end = begin + pieces.size < t.rows ? begin + pieces.size : t.rows, parameters = item * t.n;
   R* result = partial + int64_t(blockIdx.x) * sums * t.n;
   R *dw = shared ? kept : result, *db = dw + t.n;
   for (int64_t c = threadIdx.x; c < t.n; c += blockDim.x) {  // from here on a column is one thread's
@@ -210,21 +223,22 @@ void run(const LayerNormTask& t, void* workspace, void* stream) {
     return;
   }
   R* partial = static_cast<R*>(workspace);
-  const int sums = int(sums_of(t));
-  const size_t kept = size_t(sums * t.n) * sizeof(R);
+  const Pieces pieces(t);
+  const size_t kept = size_t(pieces.sums * t.n) * sizeof(R);
   const bool shared = kept <= 96 * 1024 && kept + 1024 <= max_shared_bytes();
   const auto kernel = t.pass == LayerNormPass::backward ? backward<T, false> : backward<T, true>;
   if (all > 0)
-    launch(kernel, blocks(t.batch * pieces_of(t)), threads, shared ? kept : 0, stream, t, partial, sums, shared);
-  if (sums > 0)
-    launch(add_pieces<R>, dim3(blocks(t.batch * ((t.n + 31) / 32)), unsigned(sums)), 1024, 0, stream, partial,
-           pieces_of(t), sums, t.n, t.weight_element, t.dweight, t.dbias);
+    launch(kernel, blocks(t.batch * pieces.count), threads, shared ? kept : 0, stream, t, pieces, partial, shared);
+  if (pieces.sums > 0)
+    launch(add_pieces<R>, dim3(blocks(t.batch * ((t.n + 31) / 32)), unsigned(pieces.sums)), 1024, 0, stream, partial,
+           pieces.count, pieces.sums, t.n, t.weight_element, t.dweight, t.dbias);
 }
 
 }  // namespace
 
 int64_t cuda::layer_norm_workspace(const LayerNormTask& t) {
-  return t.batch * pieces_of(t) * sums_of(t) * t.n * (t.element == Element::f64 ? 8 : 4);
+  const Pieces pieces(t);
+  return t.batch * pieces.count * pieces.sums * t.n * (t.element == Element::f64 ? 8 : 4);
 }
 
 void cuda::layer_norm(const LayerNormTask& t, void* workspace, void* stream) {

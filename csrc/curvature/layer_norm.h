@@ -61,12 +61,6 @@ GRADOPS_DECLARE(void, layer_norm_widen, const void* from, Element from_element, 
 GRADOPS_DECLARE(void, layer_norm_total, const void* partial, Element partial_element, int64_t count, int64_t step,
                 void* out, Element out_element, int64_t begin, int64_t end)
 
-// Sums over rows are made in pieces of this many, and the pieces added in order: whatever the number of threads.
-GRADOPS_BOTH constexpr int64_t layer_norm_piece(int64_t rows) {
-  const int64_t piece = (rows + 63) / 64;
-  return piece < 4 ? 4 : piece > 64 ? 64 : piece;
-}
-
 namespace cpu {
 void layer_norm(const LayerNormTask&, void* workspace, void* = nullptr);
 int64_t layer_norm_workspace(const LayerNormTask&);  // bytes
