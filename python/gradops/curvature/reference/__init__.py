@@ -1,0 +1,6 @@
+"""Plain PyTorch twins of this family's kernels: any dtype, any order of derivatives, the yardstick of every test."""
+from .swiglu import swiglu
+
+__all__ = [
+    "swiglu",
+]  # fmt: skip
