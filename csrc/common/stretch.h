@@ -7,7 +7,7 @@
 namespace gradops {
 namespace {
 
-constexpr int64_t kStretch = 512;
+constexpr int64_t kStretch = 1024;
 template <class A>
 struct Buffer {
   alignas(64) A at[kStretch];

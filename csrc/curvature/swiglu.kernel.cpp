@@ -7,6 +7,23 @@
 namespace gradops::GRADOPS_ISA {
 namespace {
 
+// e^-|x|, but 0 below the normal range: in two thirds of the time of exp_of, and most of all time is spent here
+[[gnu::always_inline]] inline float negative_magnitude(float x) { return -__builtin_fabsf(x); }
+[[gnu::always_inline]] inline double negative_magnitude(double x) { return -__builtin_fabs(x); }
+template <class A>
+[[gnu::always_inline]] inline A exp_of_negative_magnitude(A x) {
+  using B = FloatBits<A>;
+  using Int = typename B::Int;
+  constexpr A lowest = A(1 - B::kBias) * A(0.69314718055994530942) - A(0.5);  // there n is -kBias, and 2^n is 0
+  x = negative_magnitude(x);
+  x = x < lowest ? lowest : x;  // a NaN passes
+  const A shifted = x * A(1.44269504088896340736) + B::kRound;
+  const A n = shifted - B::kRound;
+  const A r = (x - n * B::kLn2High) - n * B::kLn2Low;
+  const Int k = __builtin_bit_cast(Int, shifted) - __builtin_bit_cast(Int, B::kRound);
+  return (A(1) + (r + r * r * exp_tail(r))) * __builtin_bit_cast(A, (k + B::kBias) << B::kMantissa);
+}
+
 template <class A>
 struct Numbers {
   const A *gate, *up, *g, *gate_dot, *up_dot, *g_dot;
@@ -20,7 +37,7 @@ template <class A, bool kValue, bool kChange>
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const A x = gate[i];
-    const Silu<A> s = silu_of(x, exp_of(x < A(0) ? x : -x));
+    const Silu<A> s = silu_of(x, exp_of_negative_magnitude(x));
     if (kValue) value[i] = s.value * up[i];
     if (kChange) change[i] = s.slope * gate_dot[i] * up[i] + s.value * up_dot[i];
   }
@@ -33,7 +50,7 @@ template <class A, bool kValue, bool kChange>
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const A x = gate[i], u = up[i], w = g[i];
-    const Silu<A> s = silu_of(x, exp_of(x < A(0) ? x : -x));
+    const Silu<A> s = silu_of(x, exp_of_negative_magnitude(x));
     if (kValue) {
       value0[i] = w * u * s.slope;
       value1[i] = w * s.value;

@@ -5,10 +5,11 @@ from .hvp import LinearizedGrad, grad_and_hvp, hvp, linearize_grad
 from .lanczos import LanczosResult, SpectralDensity, lanczos, slq_density
 from .operators import as_linear_operator
 from .policy import pg_hvp
+from .rope import rope
 from .swiglu import swiglu
 
 __all__ = [
     "DiagonalEstimate", "LanczosResult", "LinearizedGrad", "SpectralDensity", "TraceEstimate", "as_linear_operator",
     "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos", "linearize_grad",
-    "pg_hvp", "slq_density", "swiglu",
+    "pg_hvp", "rope", "slq_density", "swiglu",
 ]  # fmt: skip
