@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .._op import register
 from .base import check_scalar, check_state_dtype, scalar, zeros_like_state
 from .resume import ResumingOptimizer
+
+_update = register("harpg_update_", fake=lambda d, *_: d[0].new_empty((), dtype=torch.float64), vmap=False)
+_apply = register("harpg_apply_", fake=lambda *_: None, vmap=False)
 
 
 class RecursiveOptimizer(ResumingOptimizer):
@@ -58,53 +62,53 @@ class RecursiveOptimizer(ResumingOptimizer):
         factor: float = 2 / (group["step"] + 2)
         return lr * (factor if group["normalize"] else factor**0.5)
 
-    def _step(self, closure: Callable[[], Any] | None, correction: Callable[[Tensor, Tensor], Tensor | None]) -> Any:
-        """`correction` gives for p and d what is added to d before it is mixed with the gradient, if anything."""
+    def _step(self, closure: Callable[[], Any] | None, corrections: dict[Tensor, Tensor] | None) -> Any:
+        """`corrections`: what is added to the d of each parameter before it is mixed with the gradient."""
         if self._moved:
             raise RuntimeError("step() must be called after the `with` block that moves the parameters")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        directions: list[Tensor] = []
+        moving: dict[torch.device, _Update] = {}
         for group in self.param_groups:
             eta = self._eta(group)
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.layout != torch.strided:
-                    raise TypeError(f"{type(self).__name__} does not support sparse gradients")
-                state, sign = self.state[p], -1 if group["maximize"] else 1
-                first = not state
-                if first:
-                    state["momentum_buffer"] = zeros_like_state(p, group)
-                d = state["momentum_buffer"]
-                grad = p.grad.to(d.dtype) * sign
-                if first:
-                    d.copy_(grad)
-                else:
-                    change = correction(p, d)
-                    if change is not None:
-                        d.add_(change.to(d.dtype), alpha=sign)
-                    d.lerp_(grad, eta)
-                directions.append(d)
-        self._move(_norm(directions) if self.param_groups[0]["normalize"] else None)
-        return loss
-
-    def _move(self, norm: Tensor | None) -> None:
-        for group in self.param_groups:
-            lr = self._lr(group)
             for p in group["params"]:
                 if p.grad is None:
                     if p in self.state:
                         self.state[p]["scale"].zero_()  # it stays where it is
                     continue
-                d = self.state[p]["momentum_buffer"]
-                c = torch.as_tensor(lr, dtype=d.dtype, device=d.device)
-                if norm is not None:
-                    c = torch.where(norm > 0, c / norm.to(d), 0)
-                self.state[p]["scale"] = c.clone()
-                p.copy_(p.to(d.dtype) - c * d)
+                if p.grad.layout != torch.strided:
+                    raise TypeError(f"{type(self).__name__} does not support sparse gradients")
+                state = self.state[p]
+                first = not state
+                if first:
+                    d = state["momentum_buffer"] = zeros_like_state(p, group)
+                    state["scale"] = d.new_zeros(())
+                change = None if corrections is None else corrections.get(p)
+                moving.setdefault(p.device, _Update()).add(
+                    state["momentum_buffer"], change, p.grad, 1.0 if first else eta, -1.0 if group["maximize"] else 1.0)
+        norms = [update.run() for update in moving.values()]
+        self._move(_norm(norms) if norms and self.param_groups[0]["normalize"] else None)
+        return loss
+
+    def _move(self, norm: Tensor | None) -> None:
+        for group in self.param_groups:
+            lr = self._lr(group)
+            devices: dict[torch.device, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    devices.setdefault(p.device, []).append(p)
+            for device, params in devices.items():
+                directions = [self.state[p]["momentum_buffer"] for p in params]
+                laid = [_laid_like(p.detach(), d) for p, d in zip(params, directions, strict=True)]
+                tensor = lr.to(device) if isinstance(lr, Tensor) else None
+                _apply(laid, directions, [self.state[p]["scale"] for p in params], 1.0 if tensor is not None else lr,
+                       tensor, None if norm is None else norm.to(device))
+                for p, new, d in zip(params, laid, directions, strict=True):
+                    if p.stride() != d.stride():
+                        p.copy_(new)
+                torch.autograd.graph.increment_version(params)
             group["step"] += 1
 
     # Where gradients or products are asked for.
@@ -137,11 +141,37 @@ class RecursiveOptimizer(ResumingOptimizer):
             self._moved = False
 
 
-def _norm(directions: list[Tensor]) -> Tensor | None:
-    """The norm of all of them together, in float64 on the CPU and float32 elsewhere."""
-    if not directions:
-        return None
-    device = directions[0].device
-    wide = torch.float64 if device.type == "cpu" else torch.float32
-    norms = [torch.linalg.vector_norm(d).to(device, wide) for d in directions]
-    return torch.linalg.vector_norm(torch.stack(norms))
+class _Update:
+    """The tensors of one device, for one call."""
+
+    def __init__(self) -> None:
+        self.d: list[Tensor] = []
+        self.change: list[Tensor] = []
+        self.grad: list[Tensor] = []
+        self.eta: list[float] = []
+        self.sign: list[float] = []
+
+    def add(self, d: Tensor, change: Tensor | None, grad: Tensor, eta: float, sign: float) -> None:
+        self.d.append(d)
+        if change is not None:
+            self.change.append(_laid_like(change, d))
+        self.grad.append(_laid_like(grad, d))
+        self.eta.append(eta)
+        self.sign.append(sign)
+
+    def run(self) -> Tensor:
+        """The norm of all new d together."""
+        norm: Tensor = _update(self.d, self.change, self.grad, self.eta, self.sign)
+        return norm
+
+
+def _laid_like(x: Tensor, d: Tensor) -> Tensor:
+    """x, or a copy of it whose numbers lie in memory as those of d do."""
+    return x if x.stride() == d.stride() else torch.empty_like(d, dtype=x.dtype).copy_(x)
+
+
+def _norm(norms: list[Tensor]) -> Tensor:
+    """Of all devices together."""
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))

@@ -1,0 +1,15 @@
+from . import Call
+
+
+def update(x):
+    return [x.clone(), x[..., :2].clone()], [x.sin(), x[..., 2:4].clone()], [x + 1, x[..., :2].cos()], [0.3, 1.0], [1.0, -1.0]
+
+
+def apply(x):
+    return [x.clone()], [x + 1], [x.new_zeros(())], 0.1, None, None
+
+
+CALLS = {
+    "harpg_update_": Call(update, None, vmap=False),
+    "harpg_apply_": Call(apply, None, own_bits=False, vmap=False),  # gives nothing back: tested in its room
+}
