@@ -20,13 +20,19 @@ bool dense(const Tensor& x) {
   return true;
 }
 
-// Checks that number i of x and number i of d, as they lie in memory, belong together.
-void alike(const Tensor& x, const Tensor& d, const char* op, const char* name) {
-  bool same = x.dim() == d.dim();
-  for (int64_t i = 0; same && i < d.dim(); ++i)
-    same = x.size(i) == d.size(i) && (d.size(i) == 1 || x.stride(i) == d.stride(i));
-  STD_TORCH_CHECK(same || (x.numel() == 0 && d.numel() == 0), op, ": ", name, " must have the shapes and strides of d");
+// x, or a copy of it whose numbers lie in memory as those of d do
+Tensor laid_like(const Tensor& x, const Tensor& d, const char* op, const char* name) {
+  bool shape = x.dim() == d.dim(), same = true;
+  for (int64_t i = 0; shape && i < d.dim(); ++i) {
+    shape = x.size(i) == d.size(i);
+    same = same && (d.size(i) == 1 || x.stride(i) == d.stride(i));
+  }
+  STD_TORCH_CHECK(shape, op, ": ", name, " must have the shapes of d");
   same_device(x, d, op);
+  if (same || d.numel() == 0) return x;
+  Tensor copy = torch::stable::empty_like(d);
+  if (copy.scalar_type() != x.scalar_type()) copy = torch::stable::to(copy, x.scalar_type());
+  return torch::stable::copy_(copy, x);
 }
 
 Tensor harpg_update_(std::vector<Tensor> d, std::vector<Tensor> change, std::vector<Tensor> grad,
@@ -41,8 +47,8 @@ Tensor harpg_update_(std::vector<Tensor> d, std::vector<Tensor> change, std::vec
   for (size_t i = 0; i < n; ++i) {
     STD_TORCH_CHECK(dense(d[i]), "harpg_update_: d must be dense");
     same_device(d[0], d[i], "harpg_update_: all d");
-    alike(grad[i], d[i], "harpg_update_", "grad");
-    if (!change.empty()) alike(change[i], d[i], "harpg_update_", "change");
+    grad[i] = laid_like(grad[i], d[i], "harpg_update_", "grad");
+    if (!change.empty()) change[i] = laid_like(change[i], d[i], "harpg_update_", "change");
     const Element type = element(d[i], "harpg_update_: d");
     list.push_back({d[i].mutable_data_ptr(), change.empty() ? nullptr : change[i].const_data_ptr(),
                     grad[i].const_data_ptr(), type, change.empty() ? type : element(change[i], "harpg_update_: change"),
@@ -63,14 +69,15 @@ void harpg_apply_(std::vector<Tensor> params, std::vector<Tensor> d, std::vector
                   "harpg_apply_: params, d and scale must be as many, and one at least");
   const Scope scope(params[0]);
   std::vector<HarpgApply> list;
+  std::vector<Tensor> laid;
   for (size_t i = 0; i < n; ++i) {
     STD_TORCH_CHECK(dense(d[i]), "harpg_apply_: d must be dense");
-    alike(params[i], d[i], "harpg_apply_", "params");
+    laid.push_back(laid_like(params[i], d[i], "harpg_apply_", "params"));
     STD_TORCH_CHECK(scale[i].numel() == 1 && scale[i].scalar_type() == d[i].scalar_type(),
                     "harpg_apply_: scale must have one number, of the dtype of d");
     same_device(params[0], params[i], "harpg_apply_: all params");
     same_device(scale[i], params[i], "harpg_apply_: scale and params");
-    list.push_back({params[i].mutable_data_ptr(), d[i].const_data_ptr(), scale[i].mutable_data_ptr(),
+    list.push_back({laid[i].mutable_data_ptr(), d[i].const_data_ptr(), scale[i].mutable_data_ptr(),
                     element(params[i], "harpg_apply_: params"), element(d[i], "harpg_apply_: d"), params[i].numel()});
   }
   HarpgStep step{lr, nullptr, Element::f64, nullptr};
@@ -87,6 +94,8 @@ void harpg_apply_(std::vector<Tensor> params, std::vector<Tensor> d, std::vector
     step.norm = static_cast<const double*>(norm->const_data_ptr());
   }
   backend::harpg_apply(list.data(), int64_t(n), step, scope.stream());
+  for (size_t i = 0; i < n; ++i)
+    if (laid[i].get() != params[i].get()) torch::stable::copy_(params[i], laid[i]);
 }
 
 }  // namespace

@@ -57,8 +57,15 @@ def test_layouts(backend):
     want = 0.7 * (x + change) + 0.3 * grad
     torch.testing.assert_close(d, want)
     torch.testing.assert_close(norm.float(), want.norm())
-    with pytest.raises(RuntimeError, match="grad must have the shapes and strides of d"):
-        ops.harpg_update_([d], [], [grad.contiguous()], [0.3], [1.0])
+    before, scale = d.clone(), d.new_zeros(())
+    ops.harpg_update_([d], [change.contiguous()], [grad.contiguous().bfloat16()], [0.5], [1.0])
+    torch.testing.assert_close(d, 0.5 * (before + change) + 0.5 * grad.bfloat16())
+    wide = torch.ones(5, 4, 12, device=device)
+    ops.harpg_apply_([wide[..., ::2]], [d], [scale], 0.1, None, None)
+    torch.testing.assert_close(wide[..., ::2], 1 - 0.1 * d)
+    assert (wide[..., 1::2] == 1).all()
+    with pytest.raises(RuntimeError, match="grad must have the shapes of d"):
+        ops.harpg_update_([d], [], [grad[1:]], [0.3], [1.0])
     with pytest.raises(RuntimeError, match="d must be dense"):
         ops.harpg_update_([d[:, ::2]], [], [grad[:, ::2]], [0.3], [1.0])
 

@@ -1,7 +1,7 @@
 """What the methods share that correct a recursive gradient estimate along the last displacement."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,7 +62,7 @@ class RecursiveOptimizer(ResumingOptimizer):
         factor: float = 2 / (group["step"] + 2)
         return lr * (factor if group["normalize"] else factor**0.5)
 
-    def _step(self, closure: Callable[[], Any] | None, corrections: dict[Tensor, Tensor] | None) -> Any:
+    def _step(self, closure: Callable[[], Any] | None, corrections: Sequence[Tensor] | None) -> Any:
         """`corrections`: what is added to the d of each parameter before it is mixed with the gradient."""
         if self._moved:
             raise RuntimeError("step() must be called after the `with` block that moves the parameters")
@@ -70,46 +70,51 @@ class RecursiveOptimizer(ResumingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moving: dict[torch.device, _Update] = {}
-        for group in self.param_groups:
-            eta = self._eta(group)
-            for p in group["params"]:
-                if p.grad is None:
-                    if p in self.state:
-                        self.state[p]["scale"].zero_()  # it stays where it is
-                    continue
-                if p.grad.layout != torch.strided:
-                    raise TypeError(f"{type(self).__name__} does not support sparse gradients")
-                state = self.state[p]
-                first = not state
-                if first:
-                    d = state["momentum_buffer"] = zeros_like_state(p, group)
-                    state["scale"] = d.new_zeros(())
-                change = None if corrections is None else corrections.get(p)
-                moving.setdefault(p.device, _Update()).add(
-                    state["momentum_buffer"], change, p.grad, 1.0 if first else eta, -1.0 if group["maximize"] else 1.0)
-        norms = [update.run() for update in moving.values()]
-        self._move(_norm(norms) if norms and self.param_groups[0]["normalize"] else None)
+        change = None if corrections is None else iter(corrections)
+        devices: dict[torch.device, tuple[list[_Sweep], list[float]]] = {}
+        groups = [(group, self._sweeps(group, change)) for group in self.param_groups]
+        for group, sweeps in groups:
+            for device, sweep in sweeps.items():
+                own, signs = devices.setdefault(device, ([], []))
+                own.append(sweep)
+                signs += [-1.0 if group["maximize"] else 1.0] * len(sweep.d)
+        norms = [_update_all(*pair) for pair in devices.values()]
+        norm = _norm(norms) if norms and self.param_groups[0]["normalize"] else None
+        for group, sweeps in groups:
+            lr = self._lr(group)
+            for device, sweep in sweeps.items():
+                sweep.apply(lr, None if norm is None else norm.to(device))
+            group["step"] += 1
         return loss
 
-    def _move(self, norm: Tensor | None) -> None:
-        for group in self.param_groups:
-            lr = self._lr(group)
-            devices: dict[torch.device, list[Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    devices.setdefault(p.device, []).append(p)
-            for device, params in devices.items():
-                directions = [self.state[p]["momentum_buffer"] for p in params]
-                laid = [_laid_like(p.detach(), d) for p, d in zip(params, directions, strict=True)]
-                tensor = lr.to(device) if isinstance(lr, Tensor) else None
-                _apply(laid, directions, [self.state[p]["scale"] for p in params], 1.0 if tensor is not None else lr,
-                       tensor, None if norm is None else norm.to(device))
-                for p, new, d in zip(params, laid, directions, strict=True):
-                    if p.stride() != d.stride():
-                        p.copy_(new)
-                torch.autograd.graph.increment_version(params)
-            group["step"] += 1
+    def _sweeps(self, group: dict[str, Any], changes: Iterator[Tensor] | None) -> dict[torch.device, _Sweep]:
+        eta = self._eta(group)
+        sweeps: dict[torch.device, _Sweep] = {}
+        for p in group["params"]:
+            change = None if changes is None else next(changes)
+            grad = p.grad
+            if grad is None:
+                if p in self.state:
+                    self.state[p]["scale"].zero_()  # it stays where it is
+                continue
+            if grad.layout != torch.strided:
+                raise TypeError(f"{type(self).__name__} does not support sparse gradients")
+            state = self.state[p]
+            first = not state
+            if first:
+                state["momentum_buffer"] = zeros_like_state(p, group)
+                state["scale"] = state["momentum_buffer"].new_zeros(())
+            sweep = sweeps.get(p.device)
+            if sweep is None:
+                sweep = sweeps[p.device] = _Sweep()
+            sweep.params.append(p)
+            sweep.d.append(state["momentum_buffer"])
+            sweep.scale.append(state["scale"])
+            sweep.grad.append(grad)
+            sweep.eta.append(1.0 if first else eta)
+            if change is not None:
+                sweep.change.append(change)
+        return sweeps
 
     # Where gradients or products are asked for.
 
@@ -141,33 +146,30 @@ class RecursiveOptimizer(ResumingOptimizer):
             self._moved = False
 
 
-class _Update:
-    """The tensors of one device, for one call."""
+class _Sweep:
+    """The tensors of one group on one device."""
 
     def __init__(self) -> None:
+        self.params: list[Tensor] = []
         self.d: list[Tensor] = []
+        self.scale: list[Tensor] = []
         self.change: list[Tensor] = []
         self.grad: list[Tensor] = []
         self.eta: list[float] = []
-        self.sign: list[float] = []
 
-    def add(self, d: Tensor, change: Tensor | None, grad: Tensor, eta: float, sign: float) -> None:
-        self.d.append(d)
-        if change is not None:
-            self.change.append(_laid_like(change, d))
-        self.grad.append(_laid_like(grad, d))
-        self.eta.append(eta)
-        self.sign.append(sign)
-
-    def run(self) -> Tensor:
-        """The norm of all new d together."""
-        norm: Tensor = _update(self.d, self.change, self.grad, self.eta, self.sign)
-        return norm
+    def apply(self, lr: Any, norm: Tensor | None) -> None:
+        number, tensor = (1.0, lr.to(self.d[0].device)) if isinstance(lr, Tensor) else (lr, None)
+        _apply(self.params, self.d, self.scale, number, tensor, norm)
+        torch.autograd.graph.increment_version(self.params)
 
 
-def _laid_like(x: Tensor, d: Tensor) -> Tensor:
-    """x, or a copy of it whose numbers lie in memory as those of d do."""
-    return x if x.stride() == d.stride() else torch.empty_like(d, dtype=x.dtype).copy_(x)
+def _update_all(sweeps: list[_Sweep], signs: list[float]) -> Tensor:
+    """The new d of them all, and their norm."""
+    def joined(name: str) -> list[Any]:
+        return [x for s in sweeps for x in getattr(s, name)]
+
+    norm: Tensor = _update(joined("d"), joined("change"), joined("grad"), joined("eta"), signs)
+    return norm
 
 
 def _norm(norms: list[Tensor]) -> Tensor:
