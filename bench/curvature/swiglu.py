@@ -44,7 +44,8 @@ def case(variant: str, shape: tuple[int, int], dtype: torch.dtype, settings: Set
 
 
     def exact() -> Tensor:
-        return run(composition, [p.detach().double().requires_grad_() for p in points], g.double(), [t.double() for t in v])
+        wide = [p.detach().double().requires_grad_() for p in points]
+        return run(composition, wide, g.double(), [t.double() for t in v])
 
     passes = {"forward": 3, "gradient": 8, "double backward": 15, "jvp of gradient": 15}[variant]
     return Case(

@@ -2,7 +2,8 @@ from . import Call
 
 
 def update(x):
-    return [x.clone(), x[..., :2].clone()], [x.sin(), x[..., 2:4].clone()], [x + 1, x[..., :2].cos()], [0.3, 1.0], [1.0, -1.0]
+    d, change, grad = ([t.clone(), t[..., :2].clone()] for t in (x, x.sin(), x + 1))
+    return d, change, grad, [0.3, 1.0], [1.0, -1.0]
 
 
 def apply(x):

@@ -28,8 +28,9 @@ def raw(ops, gate, up, g, gate_dot, up_dot, g_dot):
     values = ops.swiglu(gate, up), *ops.swiglu_backward(gate, up, g, 3)
     change = ops.swiglu_jvp(gate, up, gate_dot, up_dot)
     changes = change, *ops.swiglu_backward_jvp(gate, up, g, gate_dot, up_dot, g_dot, 3)
-    dual = ops.swiglu_dual(gate, up, gate_dot, up_dot), ops.swiglu_backward_dual(gate, up, g, gate_dot, up_dot, g_dot, 3)
-    for one, other in zip((*values, *changes), (dual[0][0], *dual[1][:2], dual[0][1], *dual[1][2:]), strict=True):
+    y, y_dot = ops.swiglu_dual(gate, up, gate_dot, up_dot)
+    both = ops.swiglu_backward_dual(gate, up, g, gate_dot, up_dot, g_dot, 3)
+    for one, other in zip((*values, *changes), (y, *both[:2], y_dot, *both[2:]), strict=True):
         torch.testing.assert_close(one, other, rtol=ROUNDING[one.dtype], atol=ROUNDING[one.dtype],
                                    equal_nan=True)
     return values[0], change, *values[1:], *changes[1:]

@@ -30,7 +30,8 @@ def test_matches_float64(backend, dtype, other):
         want = [(1 - e) * (x.double() + s * c.double() * corrected) + e * s * g.double()
                 for x, c, g, e, s in zip(d, change, grad, ETA, SIGN, strict=True)]
         close(new, want, dtype)
-        torch.testing.assert_close(norm, torch.cat([w.flatten() for w in want]).norm(), rtol=10 * ROUNDING[dtype], atol=0)
+        together = torch.cat([w.flatten() for w in want]).norm()
+        torch.testing.assert_close(norm, together, rtol=10 * ROUNDING[dtype], atol=0)
     for lr, tensor, division in ((0.7, None, None), (1.0, torch.tensor(0.7, dtype=torch.float64, device=device), norm),
                                  (0.7, None, 0 * norm)):
         moved, scale = [p.clone() for p in params], [x.new_zeros(()) for x in d]

@@ -178,8 +178,9 @@ def differentiable(name: str, kernels: Kernels, *, inputs: int, constants: int, 
         graph = torch.is_grad_enabled() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
         if not graph and torch._C._functorch.peek_interpreter_stack() is None:
             # No derivative of this pass will be asked for, and a Function costs more than a small pass does.
+            x, const, out = _cut(base, *head)
             flags = _flags(wants, n)
-            grads = kernels.backward(*_cut(base, *head), g, flags)
+            grads = kernels.backward(x, const, out, g, flags)
             return [t if flag else None for t, flag in zip(grads, flags, strict=True)]
         return _spread(Backward.apply(*base, g, wants), wants, n)
 

@@ -22,8 +22,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, rota
     Args:
         x: ``(..., T, d)``; float64, float32, bfloat16 or float16; any strides: heads that were moved by ``transpose``
             are read in place if their features are contiguous. Not modified.
-        cos, sin: ``(..., T, r / 2)``, with leading dimensions that broadcast to those of ``x``; or ``(..., T, r)``, each
-            number twice, as Hugging Face's models hand them round: of these the first half is read, or if
+        cos, sin: ``(..., T, r / 2)``, with leading dimensions that broadcast to those of ``x``; or ``(..., T, r)``,
+            each number twice, as Hugging Face's models hand them round: of these the first half is read, or if
             ``interleaved`` every second number. Any of the dtypes, which need not be that of ``x``.
         interleaved: which features are a pair.
         rotary_dim: how many features are rotated, an even number; None for all d.
