@@ -180,6 +180,20 @@ def test_a_parameter_without_gradient_stays():
     assert torch.equal(zero, torch.ones(2))
 
 
+def test_parameters_and_gradients_of_any_layout():
+    """A gradient need not lie in memory as its parameter does, nor the parameter without gaps."""
+    A, x0 = quadratic()
+    plain, odd = ([torch.nn.Parameter(p) for p in split(torch.ones(6))] for _ in range(2))
+    odd[1] = torch.nn.Parameter(torch.ones(2, 6)[:, ::3])
+    assert not odd[1].is_contiguous()
+    want = run(make(HARPG, plain), plain, A, x0)
+    assert torch.equal(run(make(HARPG, odd), odd, A, x0), want)
+    odd[1].grad = odd[1].grad.T.contiguous().T
+    opt, version = NPGIGT(odd), odd[1]._version
+    opt.step()
+    assert odd[1]._version > version  # a graph of the old numbers will refuse to go on
+
+
 def test_closures():
     x = torch.nn.Parameter(torch.ones(3))
     opt, seen = NPGIGT([x], lr=0.1, eta=0.5), []

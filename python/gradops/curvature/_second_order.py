@@ -173,7 +173,16 @@ def differentiable(name: str, kernels: Kernels, *, inputs: int, constants: int, 
 
     def _gradient(ctx: Any, base: Values, g: Maybe) -> Values:
         wants = _mask(ctx.needs_input_grad[:n])
-        return [None] * n if g is None or not wants else _spread(Backward.apply(*base, g, wants), wants, n)
+        if g is None or not wants:
+            return [None] * n
+        graph = torch.is_grad_enabled() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
+        if not graph and torch._C._functorch.peek_interpreter_stack() is None:
+            # No derivative of this pass will be asked for, and a Function costs more than a small pass does.
+            x, const, out = _cut(base, *head)
+            flags = _flags(wants, n)
+            grads = kernels.backward(x, const, out, g, flags)
+            return [t if flag else None for t, flag in zip(grads, flags, strict=True)]
+        return _spread(Backward.apply(*base, g, wants), wants, n)
 
     def _dual_gradient(ctx: Any, base: Values, x_dot: Values, out_dot: Values, g: Maybe) -> Values:
         wants = ctx.needs_input_grad[:n]

@@ -93,7 +93,7 @@ class HARPG(RecursiveOptimizer):
     def step(self, closure: Callable[[], Any] | None = None, *, hvp: Any = None) -> Any:  # type: ignore[override]
         """One step from gradients at the parameters and `hvp`, the product with what :meth:`interpolate` gave, in the
         same structure; the first step may go without. `closure` makes the gradients and returns the loss."""
-        products: dict[Tensor, Tensor] = {}
+        products: list[Tensor] | None = None
         if hvp is not None:
             own, params = self._names(), self._params()
             if not isinstance(hvp, dict if own else (list, tuple)):
@@ -102,15 +102,15 @@ class HARPG(RecursiveOptimizer):
             if len(hvp) != len(params) or (own and set(hvp) != set(own)):
                 raise ValueError(f"hvp must have one tensor for each of {len(params)} parameters, got {len(hvp)}")
             given: Any = hvp
-            products = dict(zip(params, [given[n] for n in own] if own else given, strict=True))
-            for i, (p, product) in enumerate(products.items()):
+            products = [given[n] for n in own] if own else list(given)
+            for i, (p, product) in enumerate(zip(params, products, strict=True)):
                 if product.shape != p.shape:
                     raise ValueError(f"hvp[{own[i] if own else i!r}] must have shape {tuple(p.shape)}, got "
                                      f"{tuple(product.shape)}")
         elif any(p in self.state for p in self._params()):
             raise ValueError("hvp must be given after the first step: the product of the Hessian with what "
                              "interpolate() yields")
-        return self._step(closure, lambda p, d: products[p].detach())
+        return self._step(closure, products)
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

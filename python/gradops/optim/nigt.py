@@ -82,4 +82,4 @@ class NPGIGT(RecursiveOptimizer):
             def ahead() -> Any:
                 with self.extrapolate():
                     return closure()
-        return self._step(ahead, lambda p, d: None)
+        return self._step(ahead, None)

@@ -1,7 +1,7 @@
 """What the methods share that correct a recursive gradient estimate along the last displacement."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .._op import register
 from .base import check_scalar, check_state_dtype, scalar, zeros_like_state
 from .resume import ResumingOptimizer
+
+_update = register("harpg_update_", fake=lambda d, *_: d[0].new_empty((), dtype=torch.float64), vmap=False)
+_apply = register("harpg_apply_", fake=lambda *_: None, vmap=False)
 
 
 class RecursiveOptimizer(ResumingOptimizer):
@@ -58,54 +62,59 @@ class RecursiveOptimizer(ResumingOptimizer):
         factor: float = 2 / (group["step"] + 2)
         return lr * (factor if group["normalize"] else factor**0.5)
 
-    def _step(self, closure: Callable[[], Any] | None, correction: Callable[[Tensor, Tensor], Tensor | None]) -> Any:
-        """`correction` gives for p and d what is added to d before it is mixed with the gradient, if anything."""
+    def _step(self, closure: Callable[[], Any] | None, corrections: Sequence[Tensor] | None) -> Any:
+        """`corrections`: what is added to the d of each parameter before it is mixed with the gradient."""
         if self._moved:
             raise RuntimeError("step() must be called after the `with` block that moves the parameters")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        directions: list[Tensor] = []
-        for group in self.param_groups:
-            eta = self._eta(group)
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.layout != torch.strided:
-                    raise TypeError(f"{type(self).__name__} does not support sparse gradients")
-                state, sign = self.state[p], -1 if group["maximize"] else 1
-                first = not state
-                if first:
-                    state["momentum_buffer"] = zeros_like_state(p, group)
-                d = state["momentum_buffer"]
-                grad = p.grad.to(d.dtype) * sign
-                if first:
-                    d.copy_(grad)
-                else:
-                    change = correction(p, d)
-                    if change is not None:
-                        d.add_(change.to(d.dtype), alpha=sign)
-                    d.lerp_(grad, eta)
-                directions.append(d)
-        self._move(_norm(directions) if self.param_groups[0]["normalize"] else None)
+        change = None if corrections is None else iter(corrections)
+        devices: dict[torch.device, tuple[list[_Sweep], list[float]]] = {}
+        groups = [(group, self._sweeps(group, change)) for group in self.param_groups]
+        for group, sweeps in groups:
+            for device, sweep in sweeps.items():
+                own, signs = devices.setdefault(device, ([], []))
+                own.append(sweep)
+                signs += [-1.0 if group["maximize"] else 1.0] * len(sweep.d)
+        norms = [_update_all(*pair) for pair in devices.values()]
+        norm = _norm(norms) if norms and self.param_groups[0]["normalize"] else None
+        for group, sweeps in groups:
+            lr = self._lr(group)
+            for device, sweep in sweeps.items():
+                sweep.apply(lr, None if norm is None else norm.to(device))
+            group["step"] += 1
         return loss
 
-    def _move(self, norm: Tensor | None) -> None:
-        for group in self.param_groups:
-            lr = self._lr(group)
-            for p in group["params"]:
-                if p.grad is None:
-                    if p in self.state:
-                        self.state[p]["scale"].zero_()  # it stays where it is
-                    continue
-                d = self.state[p]["momentum_buffer"]
-                c = torch.as_tensor(lr, dtype=d.dtype, device=d.device)
-                if norm is not None:
-                    c = torch.where(norm > 0, c / norm.to(d), 0)
-                self.state[p]["scale"] = c.clone()
-                p.copy_(p.to(d.dtype) - c * d)
-            group["step"] += 1
+    def _sweeps(self, group: dict[str, Any], changes: Iterator[Tensor] | None) -> dict[torch.device, _Sweep]:
+        eta = self._eta(group)
+        sweeps: dict[torch.device, _Sweep] = {}
+        for p in group["params"]:
+            change = None if changes is None else next(changes)
+            grad = p.grad
+            if grad is None:
+                if p in self.state:
+                    self.state[p]["scale"].zero_()  # it stays where it is
+                continue
+            if grad.layout != torch.strided:
+                raise TypeError(f"{type(self).__name__} does not support sparse gradients")
+            state = self.state[p]
+            first = not state
+            if first:
+                state["momentum_buffer"] = zeros_like_state(p, group)
+                state["scale"] = state["momentum_buffer"].new_zeros(())
+            sweep = sweeps.get(p.device)
+            if sweep is None:
+                sweep = sweeps[p.device] = _Sweep()
+            sweep.params.append(p)
+            sweep.d.append(state["momentum_buffer"])
+            sweep.scale.append(state["scale"])
+            sweep.grad.append(grad)
+            sweep.eta.append(1.0 if first else eta)
+            if change is not None:
+                sweep.change.append(change)
+        return sweeps
 
     # Where gradients or products are asked for.
 
@@ -137,11 +146,34 @@ class RecursiveOptimizer(ResumingOptimizer):
             self._moved = False
 
 
-def _norm(directions: list[Tensor]) -> Tensor | None:
-    """The norm of all of them together, in float64 on the CPU and float32 elsewhere."""
-    if not directions:
-        return None
-    device = directions[0].device
-    wide = torch.float64 if device.type == "cpu" else torch.float32
-    norms = [torch.linalg.vector_norm(d).to(device, wide) for d in directions]
-    return torch.linalg.vector_norm(torch.stack(norms))
+class _Sweep:
+    """The tensors of one group on one device."""
+
+    def __init__(self) -> None:
+        self.params: list[Tensor] = []
+        self.d: list[Tensor] = []
+        self.scale: list[Tensor] = []
+        self.change: list[Tensor] = []
+        self.grad: list[Tensor] = []
+        self.eta: list[float] = []
+
+    def apply(self, lr: Any, norm: Tensor | None) -> None:
+        number, tensor = (1.0, lr.to(self.d[0].device)) if isinstance(lr, Tensor) else (lr, None)
+        _apply(self.params, self.d, self.scale, number, tensor, norm)
+        torch.autograd.graph.increment_version(self.params)
+
+
+def _update_all(sweeps: list[_Sweep], signs: list[float]) -> Tensor:
+    """The new d of them all, and their norm."""
+    def joined(name: str) -> list[Any]:
+        return [x for s in sweeps for x in getattr(s, name)]
+
+    norm: Tensor = _update(joined("d"), joined("change"), joined("grad"), joined("eta"), signs)
+    return norm
+
+
+def _norm(norms: list[Tensor]) -> Tensor:
+    """Of all devices together."""
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
