@@ -6,6 +6,8 @@ from torch.func import grad, hessian, jacrev, jvp, vmap
 
 from gradops.curvature._second_order import Kernels, differentiable
 
+from .second_order import check_second_order
+
 calls = []
 
 
@@ -60,7 +62,22 @@ def reference(x, w):
 
 
 def numbers(*seeds, **options):
-    return [torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(s), **options) for s in seeds]
+    random = (torch.Generator().manual_seed(seed) for seed in seeds)
+    return [torch.randn(3, 4, dtype=torch.float64, generator=r, **options) for r in random]
+
+
+def test_the_check_of_every_operation(op):
+    check_second_order(op, reference, numbers(0, 1))
+
+
+def test_the_check_sees_a_missing_term():
+    def without_a_term(*args):
+        return backward_jvp(*args[:4], [args[4][0], None], *args[5:])
+
+    kernels = Kernels(forward, backward, change, without_a_term)
+    call = differentiable("squares", kernels, inputs=2, constants=1, outputs=2)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_second_order(lambda x, w: call(x, w, 0.5), reference, numbers(0, 1))
 
 
 def test_gradcheck(op):

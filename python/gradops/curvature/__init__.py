@@ -3,11 +3,12 @@ from .ggn import fvp, ggnvp
 from .hutchinson import DiagonalEstimate, TraceEstimate, hutchinson_diag, hutchinson_trace
 from .hvp import LinearizedGrad, grad_and_hvp, hvp, linearize_grad
 from .lanczos import LanczosResult, SpectralDensity, lanczos, slq_density
+from .norms import layer_norm, rms_norm
 from .operators import as_linear_operator
 from .policy import pg_hvp
 
 __all__ = [
     "DiagonalEstimate", "LanczosResult", "LinearizedGrad", "SpectralDensity", "TraceEstimate", "as_linear_operator",
-    "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos", "linearize_grad",
-    "pg_hvp", "slq_density",
+    "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos", "layer_norm", "linearize_grad",
+    "pg_hvp", "rms_norm", "slq_density",
 ]  # fmt: skip

@@ -1,0 +1,6 @@
+"""Plain PyTorch twins of this family's functions: slow, any dtype, the yardstick of every test."""
+from .norms import layer_norm, rms_norm
+
+__all__ = [
+    "layer_norm", "rms_norm",
+]  # fmt: skip
