@@ -6,9 +6,11 @@ from .lanczos import LanczosResult, SpectralDensity, lanczos, slq_density
 from .norms import layer_norm, rms_norm
 from .operators import as_linear_operator
 from .policy import pg_hvp
+from .rope import rope
+from .swiglu import swiglu
 
 __all__ = [
     "DiagonalEstimate", "LanczosResult", "LinearizedGrad", "SpectralDensity", "TraceEstimate", "as_linear_operator",
-    "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos", "layer_norm", "linearize_grad",
-    "pg_hvp", "rms_norm", "slq_density",
+    "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos", "layer_norm",
+    "linearize_grad", "pg_hvp", "rms_norm", "rope", "slq_density", "swiglu",
 ]  # fmt: skip

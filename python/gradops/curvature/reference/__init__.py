@@ -1,6 +1,8 @@
 """Plain PyTorch twins of this family's functions: slow, any dtype, the yardstick of every test."""
 from .norms import layer_norm, rms_norm
+from .rope import rope
+from .swiglu import swiglu
 
 __all__ = [
-    "layer_norm", "rms_norm",
+    "layer_norm", "rms_norm", "rope", "swiglu",
 ]  # fmt: skip
