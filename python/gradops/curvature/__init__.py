@@ -1,4 +1,5 @@
 """Hessian-vector products of whole models, and what is made of them: spectra, traces, policy-gradient Hessians."""
+from .attention import scaled_dot_product_attention
 from .ggn import fvp, ggnvp
 from .hutchinson import DiagonalEstimate, TraceEstimate, hutchinson_diag, hutchinson_trace
 from .hvp import LinearizedGrad, grad_and_hvp, hvp, linearize_grad
@@ -12,5 +13,5 @@ from .swiglu import swiglu
 __all__ = [
     "DiagonalEstimate", "LanczosResult", "LinearizedGrad", "SpectralDensity", "TraceEstimate", "as_linear_operator",
     "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos", "layer_norm",
-    "linearize_grad", "pg_hvp", "rms_norm", "rope", "slq_density", "swiglu",
+    "linearize_grad", "pg_hvp", "rms_norm", "rope", "scaled_dot_product_attention", "slq_density", "swiglu",
 ]  # fmt: skip
