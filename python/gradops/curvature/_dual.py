@@ -1,0 +1,102 @@
+"""A product with a Hessian by forward over reverse, without a graph of the backward pass.
+
+The parameters carry the vector as their change through the forward and the backward pass. Torch records a graph of the
+changes as well, which nobody needs: it is cut behind every call. What makes this route the cheaper one are operations
+with fused passes: F.linear, silu and those of this family. Where an operation cannot take part, the changes are dropped
+and the graph of the forward pass, which is an ordinary one, goes through double backward.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ._functions import Gradient, nodes
+from ._linear import linear
+from ._second_order import has_two_orders
+from .kernels import is_active
+from .swiglu import swiglu
+
+# Convolutions are faster by double backward; of the others torch has no forward mode, or none of the backward pass.
+_REFUSED = {
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.group_norm, F.mish,
+    F.huber_loss, F.grid_sample, F.ctc_loss, F.embedding_bag, torch.cdist, torch.autograd.grad, torch.autograd.backward,
+    Tensor.backward,
+}  # fmt: skip
+_REFUSED_NODES = ("SiluBackward", "MishBackward", "NativeGroupNormBackward", "HuberLossBackward", "MseLossBackward",
+                  "HardsigmoidBackward", "GridSampler", "ScaledDotProduct", "NotImplemented", "Error", "CppNode")
+
+
+class _Changes(TorchFunctionMode):
+    """While f runs: cuts the graph of the changes, and holds them to what reverse mode takes for a constant."""
+
+    def __init__(self, unused: set[int]) -> None:
+        super().__init__()
+        self.unused = unused
+        self.level: int | None = forward_ad.enter_dual_level()
+
+    def drop(self) -> None:
+        if self.level is not None:
+            forward_ad.exit_dual_level(level=self.level)
+            self.level = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.level is None:
+            return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(args[0])  # what no_grad calculates is a constant
+            return func(*args, **kwargs)
+        if self._refused(func):
+            self.drop()
+            return func(*args, **kwargs)
+        return self._cut(self._fused(func, args, kwargs))
+
+    @staticmethod
+    def _refused(func: Any) -> bool:
+        if func is F.scaled_dot_product_attention:
+            return not is_active()
+        # Saved tensors that are packed (checkpoints) or wrapped by torch.func are not for us.
+        return (func in _REFUSED or torch._C._functorch.peek_interpreter_stack() is not None
+                or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None)
+
+    def _fused(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is F.linear:
+            return self._linear(*args, **kwargs)
+        if func is F.silu and not (kwargs.get("inplace") or args[1:2] == (True,)):
+            return swiglu(args[0] if args else kwargs["input"])
+        if func is F.mse_loss:  # torch's backward pass has no forward mode
+            return _mse_loss(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.dim() != 2 or input.dtype != weight.dtype or torch.is_autocast_enabled(input.device.type):
+            return F.linear(input, weight, bias)
+        return linear(input, weight, bias, False, id(weight) in self.unused, id(bias) in self.unused)
+
+    def _cut(self, out: Any) -> Any:
+        if isinstance(out, Tensor):
+            if out.is_floating_point() and type(out) is Tensor:
+                change = forward_ad.unpack_dual(out).tangent
+                if change is not None and not out.requires_grad:
+                    return out.detach()
+                if change is not None and change.requires_grad and not change._is_view():
+                    change.detach_()
+        elif isinstance(out, (list, tuple)):
+            for t in out:
+                self._cut(t)
+        return out
+
+
+def _mse_loss(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    reduction = kwargs.get("reduction", "mean")
+    if args or set(kwargs) - {"reduction"} or reduction not in ("mean", "sum", "none") or input.shape != target.shape:
+        return F.mse_loss(input, target, *args, **kwargs)
+    squares = (input - target).square()
+    return squares if reduction == "none" else getattr(squares, reduction)()
