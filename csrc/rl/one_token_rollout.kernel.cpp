@@ -1,8 +1,8 @@
 #include "rl/one_token_rollout.h"
 
 #include "common/exp_log.h"
+#include "common/float_vectors.h"
 #include "common/philox.h"
-#include "rl/softmax_block.h"
 
 namespace gradops::GRADOPS_ISA {
 namespace {

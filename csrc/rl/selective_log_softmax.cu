@@ -1,7 +1,7 @@
 // One block per row. Which thread sums which entries depends on the length of the row alone; sums are compensated in
 // the threads, then added in double in a fixed order.
-#include "common/device_number.cuh"
 #include "common/reduce.cuh"
+#include "common/row_loads.cuh"
 #include "rl/selective_log_softmax.h"
 
 namespace gradops {
@@ -9,24 +9,6 @@ namespace {
 
 constexpr int kPacks = 4;  // 16-byte loads a thread has under way
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
-
-template <class T>
-__device__ inline T nan() {
-  return T(INFINITY) - T(INFINITY);
-}
-
-// A sum that carries what rounding lost.
-template <class A>
-struct Compensated {
-  A sum = 0, lost = 0;
-  __device__ void add(A x) {
-    const A y = x - lost, next = sum + y;
-    lost = (next - sum) - y;
-    sum = next;
-  }
-  __device__ void scale(A f) { sum *= f, lost *= f; }
-  __device__ double value() const { return double(sum) - double(lost); }
-};
 
 // softcap * tanh(x / softcap) and its derivative; a masked entry, -inf, stays masked.
 template <class A>
@@ -36,16 +18,6 @@ __device__ inline A capped(A x, A softcap, A* slope) {
   const A q = tanh(x / softcap);
   *slope = 1 - q * q;
   return softcap * q;
-}
-
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / int(sizeof(T));
-  T at[kSize];
-};
-template <class T>
-__device__ inline bool aligned(const T* x) {
-  return (reinterpret_cast<uintptr_t>(x) & 15) == 0;
 }
 
 // The entries of a row, or of its keep set: number i is logit id(i).

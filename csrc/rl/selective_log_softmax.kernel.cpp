@@ -16,12 +16,6 @@ SoftmaxPart merged(const SoftmaxPart& a, const SoftmaxPart& b) {
           fa * fa * fa * a.cubes + fb * fb * fb * b.cubes};
 }
 
-double lanes_sum(Floats x) {
-  double s = 0;
-  for (int i = 0; i < kWide; ++i) s += double(x[i]);
-  return s;
-}
-
 // --- logits of 4 bytes and less: float vectors -------------------------------------------------------------------
 
 // kMode 0: sums of e^d. 1: and of e^d d. 2: and of e^2d, e^3d.

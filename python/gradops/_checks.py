@@ -67,6 +67,27 @@ def may_look(x: Tensor) -> bool:
     return x.is_cpu and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def check_linear(hidden: Any, weight: Any, bias: Any, name: str = "hidden", weight_name: str = "weight") -> None:
+    """The inputs of a linear layer: hidden (..., H), weight (V, H) with V > 0 and, if it is not None, bias (V,)."""
+    check_floating(hidden, name)
+    if hidden.dim() < 1:
+        raise ValueError(f"{name} must have at least 1 dimension (..., H), got shape ()")
+    check_floating(weight, weight_name)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(f"{weight_name} must have the shape (V, {hidden.shape[-1]}), V > 0, for {name} of shape "
+                         f"{tuple(hidden.shape)}; got {tuple(weight.shape)}")
+    if bias is not None:
+        check_floating(bias, "bias")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have the shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    for x, other in ((weight, weight_name), (bias, "bias")):
+        if x is None:
+            continue
+        check_device(x, other, hidden, name)
+        if x.dtype != hidden.dtype:
+            raise TypeError(f"{other} must have the dtype of {name}, {hidden.dtype}, got {x.dtype}")
+
+
 def check_ids(ids: Tensor, name: str, n: int) -> None:
     """ids, if they may be looked at, must be in [0, n). For what is made of torch's operations; ours check inside."""
     if may_look(ids) and ids.numel():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .._checks import check_device, check_floating, check_integers
+from .._checks import check_device, check_integers, check_linear
 from .._op import _library, needs_derivative, primals, register
 from .linear_chunks import backward, forward, tangents
 from .selective_log_softmax import OUTPUTS
@@ -141,28 +141,13 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
 
 def _check(hidden: Any, weight: Any, targets: Any, bias: Any, temperature: float, softcap: float | None,
            return_: Sequence[str], out_dtype: torch.dtype, chunk_size: Any) -> None:
-    check_floating(hidden, "hidden")
-    if hidden.dim() < 1:
-        raise ValueError("hidden must have at least 1 dimension (..., H), got shape ()")
+    check_linear(hidden, weight, bias)
     check_integers(targets, "targets")
-    check_floating(weight, "weight")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(f"weight must have the shape (V, {hidden.shape[-1]}), V > 0, for hidden of shape "
-                         f"{tuple(hidden.shape)}; got {tuple(weight.shape)}")
-    if bias is not None:
-        check_floating(bias, "bias")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must have the shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
     rows = hidden.shape[:-1]
     if targets.shape != rows and (targets.dim() != hidden.dim() or targets.shape[:-1] != rows):
         raise ValueError(f"targets must have the shape {tuple(rows)}, or that and one dimension more, for hidden of "
                          f"shape {tuple(hidden.shape)}; got {tuple(targets.shape)}")
-    for x, name in ((weight, "weight"), (targets, "targets"), (bias, "bias")):
-        if x is None:
-            continue
-        check_device(x, name, hidden, "hidden")
-        if name != "targets" and x.dtype != hidden.dtype:
-            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {x.dtype}")
+    check_device(targets, "targets", hidden, "hidden")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if softcap is not None and not softcap > 0:
