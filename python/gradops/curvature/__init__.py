@@ -4,6 +4,7 @@ from .cross_entropy import cross_entropy
 from .ggn import fvp, ggnvp
 from .hutchinson import DiagonalEstimate, TraceEstimate, hutchinson_diag, hutchinson_trace
 from .hvp import LinearizedGrad, grad_and_hvp, hvp, linearize_grad
+from .kernels import second_order_kernels
 from .lanczos import LanczosResult, SpectralDensity, lanczos, slq_density
 from .linear_ce_ggnvp import linear_ce_ggnvp
 from .linear_cross_entropy import linear_cross_entropy
@@ -18,5 +19,5 @@ __all__ = [
     "DiagonalEstimate", "LanczosResult", "LinearizedGrad", "SpectralDensity", "TraceEstimate", "as_linear_operator",
     "cross_entropy", "fvp", "ggnvp", "grad_and_hvp", "hutchinson_diag", "hutchinson_trace", "hvp", "lanczos",
     "layer_norm", "linear_ce_ggnvp", "linear_cross_entropy", "linearize_grad", "pg_hvp", "rms_norm", "rope",
-    "scaled_dot_product_attention", "slq_density", "softmax_ce_hvp", "swiglu",
+    "scaled_dot_product_attention", "second_order_kernels", "slq_density", "softmax_ce_hvp", "swiglu",
 ]  # fmt: skip

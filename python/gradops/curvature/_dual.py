@@ -7,8 +7,7 @@ and the graph of the forward pass, which is an ordinary one, goes through double
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,28 +16,89 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ._functions import Gradient, nodes
+from ._functions import Gradient, check_influence, check_loss, leaves, nodes, recording, split_aux
 from ._linear import linear
 from ._second_order import has_two_orders
-from .kernels import is_active
+from ._trees import Tree
+from .kernels import is_active, multi_head_attention_forward
 from .swiglu import swiglu
 
 # Convolutions are faster by double backward; of the others torch has no forward mode, or none of the backward pass.
 _REFUSED = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.group_norm, F.mish,
     F.huber_loss, F.grid_sample, F.ctc_loss, F.embedding_bag, torch.cdist, torch.autograd.grad, torch.autograd.backward,
-    Tensor.backward,
+    Tensor.backward, Tensor.detach_, Tensor.requires_grad_, Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    Tensor.data.__set__,  # type: ignore[attr-defined]
 }  # fmt: skip
 _REFUSED_NODES = ("SiluBackward", "MishBackward", "NativeGroupNormBackward", "HuberLossBackward", "MseLossBackward",
                   "HardsigmoidBackward", "GridSampler", "ScaledDotProduct", "NotImplemented", "Error", "CppNode")
 
 
+Found = tuple[Tensor, Any, list[Tensor], list[Tensor]]  # the loss, what else f returns, the gradient, the product
+
+
+def forward_over_reverse(f: Callable[..., Any], params: Tree, v: list[Tensor], has_aux: bool, values: bool) -> Found | None:
+    """None if double backward is to do it from the start; the state of random numbers is then as it was."""
+    if forward_ad._current_level >= 0 or _packed():  # type: ignore[attr-defined]
+        return None
+    devices = sorted({p.get_device() for p in params.tensors if p.is_cuda})
+    if devices and torch.cuda.is_current_stream_capturing():  # the state of random numbers cannot be read
+        return None
+    state = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
+    try:
+        return _attempt(f, params, v, has_aux, values)
+    except RuntimeError:  # no forward mode: a function of somebody else without jvp, and a few of torch's
+        pass
+    torch.set_rng_state(state[0])
+    for device, s in zip(devices, state[1], strict=True):
+        torch.cuda.set_rng_state(s, device)
+    return None
+
+
+def _attempt(f: Callable[..., Any], params: Tree, v: list[Tensor], has_aux: bool, values: bool) -> Found:
+    with recording(), forward_ad._set_fwd_grad_enabled(True):
+        points = [p.requires_grad_() for p in leaves(params)]
+        changes = _Changes()
+        try:
+            duals = [forward_ad.make_dual(p, t) for p, t in zip(points, v, strict=True)]
+            changes.unused = set() if values else {id(d) for d in duals}
+            with changes:
+                loss, aux = split_aux(f(params.build(duals)), has_aux)
+            check_loss(loss)
+            if changes.level is not None and all(map(_safe, nodes(loss.grad_fn))):
+                del duals
+                grads = torch.autograd.grad(loss, points, allow_unused=True)
+                check_influence(grads)
+                pairs = [(None, None) if g is None else forward_ad.unpack_dual(g) for g in grads]
+                del grads
+                found = [[torch.zeros_like(p, requires_grad=False) if t is None else t.detach()
+                          for t, p in zip(half, points, strict=True)] for half in zip(*pairs, strict=True)]
+                return loss.detach(), aux, found[0] if values else [], found[1]
+        finally:
+            changes.drop()
+        # The graph is that of any forward pass.
+        g = Gradient(loss, points, values=values)
+        return loss.detach(), aux, g.values, g.product(v, keep=False)
+
+
+def _safe(node: Any) -> bool:
+    """Nodes of torch have a forward mode of their backward pass or raise. Functions of others may call, there, what
+    neither mode sees into, and give zeros."""
+    name = node.name()
+    return has_two_orders(node) or not (
+        isinstance(node, torch.autograd.function.BackwardCFunction) or any(bad in name for bad in _REFUSED_NODES))
+
+
+def _packed() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 class _Changes(TorchFunctionMode):
     """While f runs: cuts the graph of the changes, and holds them to what reverse mode takes for a constant."""
 
-    def __init__(self, unused: set[int]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.unused = unused
+        self.unused: set[int] = set()  # the weights whose gradient is not asked for
         self.level: int | None = forward_ad.enter_dual_level()
 
     def drop(self) -> None:
@@ -64,11 +124,14 @@ class _Changes(TorchFunctionMode):
             return not is_active()
         # Saved tensors that are packed (checkpoints) or wrapped by torch.func are not for us.
         return (func in _REFUSED or torch._C._functorch.peek_interpreter_stack() is not None
-                or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None)
+                or _packed())
 
     def _fused(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.linear:
             return self._linear(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return multi_head_attention_forward(*args, **kwargs)
         if func is F.silu and not (kwargs.get("inplace") or args[1:2] == (True,)):
             return swiglu(args[0] if args else kwargs["input"])
         if func is F.mse_loss:  # torch's backward pass has no forward mode

@@ -71,8 +71,12 @@ def _backward_dual(
 ) -> tuple[list[Maybe], list[Maybe]]:  # fmt: skip
     dots = _backward_jvp(x, c, out, g, x_dot, out_dot, g_dot, wanted)
     values = _backward(x, c, out, g, [w and not unused for w, unused in zip(wanted, c, strict=True)])
-    # What is not used is memory that nobody touches.
-    return [torch.empty_like(t) if unused and w else d for t, d, w, unused in zip(x, values, wanted, c, strict=True)], dots
+    # In place of a gradient that is not used goes its change, which takes no more memory.
+    for i, unused in enumerate(c):
+        if wanted[i] and unused:
+            dot = dots[i]
+            values[i] = torch.zeros_like(x[i]) if dot is None else dot.detach()
+    return values, dots
 
 
 # x (..., n), weight (m, n), bias (m,) or None, and for each of them whether the value of its gradient is unused

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from .._checks import check_floating, check_one_of
 from ._functions import Gradient, leaves, recording, resolve
+from ._trees import Tree
 
 # From the model's outputs z and their change u = J v to the cotangent of z.
 Curvature = Callable[[Tensor, Tensor], Tensor]
@@ -158,4 +159,4 @@ def _sampled(z: Tensor, u: Tensor, likelihood: str, samples: int, generator: tor
 
 
 def _hessian_of(loss_fn: Callable[[Tensor], Tensor], z: Tensor, u: Tensor) -> Tensor:
-    return Gradient(loss_fn, z, has_aux=False, values=False).product([u], keep=False)[0]
+    return Gradient.of(loss_fn, Tree(z, "z"), has_aux=False, values=False)[0].product([u], keep=False)[0]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._dual import forward_over_reverse
 from ._functions import Gradient, resolve
 from ._trees import Tree
 
@@ -52,10 +53,9 @@ def hvp(f: Any, params: Any, v: Any, *, has_aux: bool = False) -> Any:
         >>> hvp(lambda x: x[0] ** 2 * x[1], x, torch.tensor([1.0, 0.0]))
         (tensor(2.), tensor([4., 2.]))
     """
-    vector = resolve(f, params)[1].vector(v)[0]
-    g = Gradient(f, params, has_aux, values=False)
-    out = g.loss, g.params.build(g.product(vector, keep=False))
-    return (*out, g.aux) if has_aux else out
+    tree, loss, aux, _, product = _product(f, params, v, has_aux, values=False)
+    out = loss, tree.build(product)
+    return (*out, aux) if has_aux else out
 
 
 @torch.compiler.disable
@@ -70,21 +70,30 @@ def grad_and_hvp(f: Any, params: Any, v: Any, *, has_aux: bool = False) -> Any:
         >>> grad_and_hvp(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]), torch.ones(2))
         (tensor(9.), tensor([ 3., 12.]), tensor([ 6., 12.]))
     """
-    vector = resolve(f, params)[1].vector(v)[0]
-    g = Gradient(f, params, has_aux, values=True)
-    out = g.loss, g.params.build(g.grads), g.params.build(g.product(vector, keep=False))
-    return (*out, g.aux) if has_aux else out
+    tree, loss, aux, gradient, product = _product(f, params, v, has_aux, values=True)
+    out = loss, tree.build(gradient), tree.build(product)
+    return (*out, aux) if has_aux else out
+
+
+def _product(
+    f: Any, params: Any, v: Any, has_aux: bool, values: bool
+) -> tuple[Tree, Tensor, Any, list[Tensor], list[Tensor]]:
+    function, tree = resolve(f, params)
+    vector = tree.vector(v)[0]
+    found = forward_over_reverse(function, tree, vector, has_aux, values)
+    if found is not None:
+        return tree, *found
+    g, loss, aux = Gradient.of(function, tree, has_aux, values=values)
+    return tree, loss, aux, g.values, g.product(vector, keep=False)
 
 
 class LinearizedGrad:
     """The gradient of a loss at one point, kept so that products with the Hessian are cheap: see `linearize_grad`."""
 
     def __init__(self, f: Any, params: Any, has_aux: bool) -> None:
-        self._gradient = Gradient(f, params, has_aux, values=True)
-        self._params: Tree = self._gradient.params
-        self.loss: Tensor = self._gradient.loss
-        self.grad: Any = self._params.build(self._gradient.grads)
-        self.aux: Any = self._gradient.aux
+        function, self._params = resolve(f, params)
+        self._gradient, self.loss, self.aux = Gradient.of(function, self._params, has_aux, values=True)
+        self.grad: Any = self._params.build(self._gradient.values)
 
     @torch.compiler.disable
     def __call__(self, v: Any) -> Any:
