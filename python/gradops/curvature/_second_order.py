@@ -174,6 +174,7 @@ def differentiable(name: str, kernels: Kernels, *, inputs: int, constants: int, 
 
     for function in (Forward, Backward, Jvp, BackwardJvp, Dual):  # node names are what torch's messages show
         function.__name__ = function.__qualname__ = name.title().replace("_", "") + function.__name__
+        function._backward_cls.__name__ = function.__name__ + "Backward"  # type: ignore[attr-defined]
 
     def _gradient(ctx: Any, base: Values, g: Maybe) -> Values:
         wants = _mask(ctx.needs_input_grad[:n])
