@@ -76,7 +76,7 @@ def test_gauss_newton_and_fisher(kind):
 
 
 def test_functional_transforms():
-    model, criterion = language_model(Llama)
+    model, _ = language_model(Llama)
     params = parameters(model)
     v = random_like(params)
     ids = torch.tensor([[1, 2, 3, 4]])

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradops.curvature import _linear_ce_chunks, linear_ce_ggnvp, linear_cross_entropy, reference
+
 from .second_order import check_second_order
 
 # Sums of H products in float32, and of N; 16-bit inputs are taken as they are, but dz is rounded to their precision.

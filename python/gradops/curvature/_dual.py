@@ -37,7 +37,9 @@ _REFUSED_NODES = ("SiluBackward", "MishBackward", "NativeGroupNormBackward", "Hu
 Found = tuple[Tensor, Any, list[Tensor], list[Tensor]]  # the loss, what else f returns, the gradient, the product
 
 
-def forward_over_reverse(f: Callable[..., Any], params: Tree, v: list[Tensor], has_aux: bool, values: bool) -> Found | None:
+def forward_over_reverse(
+    f: Callable[..., Any], params: Tree, v: list[Tensor], has_aux: bool, values: bool
+) -> Found | None:
     """None if double backward is to do it from the start; the state of random numbers is then as it was."""
     if forward_ad._current_level >= 0 or _packed():  # type: ignore[attr-defined]
         return None
@@ -157,9 +159,10 @@ class _Changes(TorchFunctionMode):
         return out
 
 
-def _mse_loss(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    reduction = kwargs.get("reduction", "mean")
-    if args or set(kwargs) - {"reduction"} or reduction not in ("mean", "sum", "none") or input.shape != target.shape:
-        return F.mse_loss(input, target, *args, **kwargs)
+def _mse_loss(input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None, reduction: str = "mean",
+              weight: Tensor | None = None) -> Tensor:
+    given = size_average is None and reduce is None and weight is None and input.shape == target.shape
+    if not given or reduction not in ("none", "mean", "sum"):
+        return F.mse_loss(input, target, size_average, reduce, reduction, weight)
     squares = (input - target).square()
-    return squares if reduction == "none" else getattr(squares, reduction)()
+    return squares if reduction == "none" else squares.mean() if reduction == "mean" else squares.sum()

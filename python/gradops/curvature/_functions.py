@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from torch.func import functional_call
 
 from .._checks import check_tensor
 from ._trees import Tree
+
+outside_of_graphs = partial(
+    torch.compiler.disable,
+    reason="products with a Hessian are made of autograd's own calls, which torch.compile cannot trace: call them "
+           "outside of the compiled function, or without fullgraph=True")  # fmt: skip
 
 _HINTS = {
     "scaled_dot_product": "fused attention has no second derivative in torch; run the model under "

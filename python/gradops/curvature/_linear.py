@@ -1,12 +1,11 @@
 """F.linear with fused passes for forward over reverse.
 
-A product with a Hessian needs the change of a weight's gradient, not the gradient: where a weight is a parameter itself,
-that third of the first backward pass is left out, which neither torch's forward mode nor double backward can do.
+A product with a Hessian needs the change of a weight's gradient, not the gradient: where a weight is a parameter
+itself, that product is left out, which neither torch's forward mode nor double backward can do.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,10 @@ from ._second_order import Kernels, Maybe, Values, differentiable
 
 def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
+
+
+def _shaped(t: Tensor, like: Tensor) -> Tensor:
+    return torch.ops.aten._unsafe_view(t, like.shape)  # type: ignore[no-any-return]  # what a model may write over
 
 
 def _sum(*pairs: tuple[Maybe, Maybe]) -> Maybe:
@@ -41,7 +44,7 @@ def _jvp(x: Values, c: Values, out: Values, x_dot: Values) -> list[Tensor]:
     y_dot = _sum((None if x_dot is None else _rows(x_dot), w.mT), (_rows(x), _transposed(w_dot)))
     if y_dot is None:
         return [b_dot.expand_as(out[0]).contiguous() if b_dot is not None else torch.zeros_like(out[0])]
-    return [(y_dot if b_dot is None else y_dot.add_(b_dot)).view(out[0].shape)]
+    return [_shaped(y_dot if b_dot is None else y_dot.add_(b_dot), out[0])]
 
 
 def _dual(x: Values, c: Values, x_dot: Values) -> tuple[list[Tensor], list[Tensor]]:
@@ -52,7 +55,7 @@ def _dual(x: Values, c: Values, x_dot: Values) -> tuple[list[Tensor], list[Tenso
 def _backward(x: Values, c: Values, out: Values, g: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
     x, w, _ = x
     g2 = _rows(g)
-    return [(g2 @ w).view(x.shape) if wanted[0] else None, g2.mT @ _rows(x) if wanted[1] else None,
+    return [_shaped(g2 @ w, x) if wanted[0] else None, g2.mT @ _rows(x) if wanted[1] else None,
             g2.sum(0) if wanted[2] else None]
 
 
@@ -63,7 +66,10 @@ def _backward_jvp(
     g, g_dot = _rows(g), None if g_dot is None else _rows(g_dot)
     dx = _sum((g_dot, w), (g, w_dot)) if wanted[0] else None
     dw = _sum((_transposed(g_dot), _rows(x)), (g.mT, None if x_dot is None else _rows(x_dot))) if wanted[1] else None
-    return [None if dx is None else dx.view(x.shape), dw, g_dot.sum(0) if wanted[2] and g_dot is not None else None]
+    db = g_dot.sum(0) if wanted[2] and g_dot is not None else None
+    found = [None if dx is None else _shaped(dx, x), dw, db]
+    shapes = x.shape, w.shape, w.shape[:1]
+    return [g.new_zeros(s) if t is None and flag else t for t, s, flag in zip(found, shapes, wanted, strict=True)]
 
 
 def _backward_dual(
@@ -74,8 +80,7 @@ def _backward_dual(
     # In place of a gradient that is not used goes its change, which takes no more memory.
     for i, unused in enumerate(c):
         if wanted[i] and unused:
-            dot = dots[i]
-            values[i] = torch.zeros_like(x[i]) if dot is None else dot.detach()
+            values[i] = dots[i].detach()  # type: ignore[union-attr]
     return values, dots
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ._dual import forward_over_reverse
-from ._functions import Gradient, resolve
+from ._functions import Gradient, outside_of_graphs, resolve
 from ._trees import Tree
 
 
-@torch.compiler.disable
+@outside_of_graphs
 def hvp(f: Any, params: Any, v: Any, *, has_aux: bool = False) -> Any:
     r"""The loss and the product of its Hessian with a vector, by double backward.
 
@@ -58,7 +58,7 @@ def hvp(f: Any, params: Any, v: Any, *, has_aux: bool = False) -> Any:
     return (*out, aux) if has_aux else out
 
 
-@torch.compiler.disable
+@outside_of_graphs
 def grad_and_hvp(f: Any, params: Any, v: Any, *, has_aux: bool = False) -> Any:
     """``(loss, gradient, Hv)``, or ``(loss, gradient, Hv, aux)``: the gradient is on the way of :func:`hvp`.
 
@@ -95,7 +95,7 @@ class LinearizedGrad:
         self._gradient, self.loss, self.aux = Gradient.of(function, self._params, has_aux, values=True)
         self.grad: Any = self._params.build(self._gradient.values)
 
-    @torch.compiler.disable
+    @outside_of_graphs
     def __call__(self, v: Any) -> Any:
         """H v; or, where every leaf of v has a further first axis of k, the k products along such an axis."""
         vectors, count = self._params.vector(v, stacked=True)
@@ -108,7 +108,7 @@ class LinearizedGrad:
         return self._params.build(out)
 
 
-@torch.compiler.disable
+@outside_of_graphs
 def linearize_grad(f: Any, params: Any, *, has_aux: bool = False) -> LinearizedGrad:
     """A function v -> H v that has paid for the forward and the first backward pass: for many vectors.
 

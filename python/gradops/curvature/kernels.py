@@ -76,7 +76,7 @@ multi_head_attention_forward: Callable[..., Any] = types.FunctionType(
 # Torch's signatures. None: torch's function is to do it.
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
                is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Tensor | None:
-    if _autocast(query) or attn_mask is not None and attn_mask.requires_grad:
+    if _autocast(query) or (attn_mask is not None and attn_mask.requires_grad):
         return None
     return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                                         enable_gqa=enable_gqa)
