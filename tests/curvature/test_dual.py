@@ -142,10 +142,10 @@ def grouped(x):
 LOSSES = {  # how f is called, and whether double backward is what makes the product
     "mlp": (lambda x: F.cross_entropy(F.linear(F.gelu(F.linear(x, W)), W), torch.tensor([0, 1, 2])), 1, False),
     "silu": (lambda x: F.silu(F.linear(x, W)).square().sum(), 1, False),
-    "silu-inplace": (lambda x: F.silu(F.linear(x, W), inplace=True).square().sum(), 1, True),
+    "silu-inplace": (lambda x: F.silu(F.linear(x, W), inplace=True).square().sum(), 2, True),
     "mse": (lambda x: F.mse_loss(F.linear(x, W).tanh(), W[:3]), 1, False),
     "semigradient": (semigradient, 1, False), "inner-gradient": (inner_gradient, 1, True),
-    "in-place": (in_place, 1, False), "detached": (detached, 1, True), "group-norm": (grouped, 1, True),
+    "in-place": (in_place, 2, True), "detached": (detached, 1, True), "group-norm": (grouped, 1, True),
     "mish": (lambda x: F.mish(x).sum(), 1, True), "aten-silu": (lambda x: torch.ops.aten.silu(x).sum(), 1, True),
     "convolution": (lambda x: F.conv1d(x[None], torch.ones_like(W)[:, :3, None]).exp().sum(), 1, True),
     "transform": (lambda x: torch.func.grad(lambda y: (F.linear(y, W) ** 3).sum())(x).square().sum(), 1, True),

@@ -31,7 +31,8 @@ _REFUSED = {
     Tensor.data.__set__,  # type: ignore[attr-defined]
 }  # fmt: skip
 _REFUSED_NODES = ("SiluBackward", "MishBackward", "NativeGroupNormBackward", "HuberLossBackward", "MseLossBackward",
-                  "HardsigmoidBackward", "GridSampler", "ScaledDotProduct", "NotImplemented", "Error", "CppNode")
+                  "HardsigmoidBackward", "GridSampler", "ScaledDotProduct", "NotImplemented", "Error", "CppNode",
+                  "CopySlices")  # the last may hide any other
 
 
 Found = tuple[Tensor, Any, list[Tensor], list[Tensor]]  # the loss, what else f returns, the gradient, the product
@@ -95,6 +96,16 @@ def _packed() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def _writes_over_ours(func: Any, args: Any, kwargs: Any) -> bool:
+    """Torch does not keep the result of F.linear, so that a model may write over it; the fused passes keep it."""
+    name = getattr(func, "__name__", "")
+    if not (kwargs.get("inplace") or name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+            or (name.endswith("_") and not name.endswith("__"))):
+        return False
+    node = args[0].grad_fn if args and isinstance(args[0], Tensor) and args[0]._is_view() else None
+    return node is not None and any(child is not None and has_two_orders(child) for child, _ in node.next_functions)
+
+
 class _Changes(TorchFunctionMode):
     """While f runs: cuts the graph of the changes, and holds them to what reverse mode takes for a constant."""
 
@@ -118,6 +129,8 @@ class _Changes(TorchFunctionMode):
         if self._refused(func):
             self.drop()
             return func(*args, **kwargs)
+        if _writes_over_ours(func, args, kwargs):
+            raise RuntimeError("what is kept for the backward pass would be written over")
         return self._cut(self._fused(func, args, kwargs))
 
     @staticmethod
@@ -163,6 +176,6 @@ def _mse_loss(input: Tensor, target: Tensor, size_average: Any = None, reduce: A
               weight: Tensor | None = None) -> Tensor:
     given = size_average is None and reduce is None and weight is None and input.shape == target.shape
     if not given or reduction not in ("none", "mean", "sum"):
-        return F.mse_loss(input, target, size_average, reduce, reduction, weight)
+        return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     squares = (input - target).square()
     return squares if reduction == "none" else squares.mean() if reduction == "mean" else squares.sum()

@@ -40,8 +40,9 @@ def _forward(x: Values, c: Values) -> list[Tensor]:
 
 
 def _jvp(x: Values, c: Values, out: Values, x_dot: Values) -> list[Tensor]:
-    (x, w, _), (x_dot, w_dot, b_dot) = x, x_dot
-    y_dot = _sum((None if x_dot is None else _rows(x_dot), w.mT), (_rows(x), _transposed(w_dot)))
+    h, w, _ = x
+    h_dot, w_dot, b_dot = x_dot
+    y_dot = _sum((None if h_dot is None else _rows(h_dot), w.mT), (_rows(h), _transposed(w_dot)))
     if y_dot is None:
         return [b_dot.expand_as(out[0]).contiguous() if b_dot is not None else torch.zeros_like(out[0])]
     return [_shaped(y_dot if b_dot is None else y_dot.add_(b_dot), out[0])]
@@ -53,22 +54,23 @@ def _dual(x: Values, c: Values, x_dot: Values) -> tuple[list[Tensor], list[Tenso
 
 
 def _backward(x: Values, c: Values, out: Values, g: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
-    x, w, _ = x
+    h, w, _ = x
     g2 = _rows(g)
-    return [_shaped(g2 @ w, x) if wanted[0] else None, g2.mT @ _rows(x) if wanted[1] else None,
+    return [_shaped(g2 @ w, h) if wanted[0] else None, g2.mT @ _rows(h) if wanted[1] else None,
             g2.sum(0) if wanted[2] else None]
 
 
 def _backward_jvp(
     x: Values, c: Values, out: Values, g: Tensor, x_dot: Values, out_dot: Values, g_dot: Maybe, wanted: Sequence[bool]
 ) -> list[Maybe]:  # fmt: skip
-    (x, w, _), (x_dot, w_dot, _) = x, x_dot
+    h, w, _ = x
+    h_dot, w_dot, _ = x_dot
     g, g_dot = _rows(g), None if g_dot is None else _rows(g_dot)
-    dx = _sum((g_dot, w), (g, w_dot)) if wanted[0] else None
-    dw = _sum((_transposed(g_dot), _rows(x)), (g.mT, None if x_dot is None else _rows(x_dot))) if wanted[1] else None
+    dh = _sum((g_dot, w), (g, w_dot)) if wanted[0] else None
+    dw = _sum((_transposed(g_dot), _rows(h)), (g.mT, None if h_dot is None else _rows(h_dot))) if wanted[1] else None
     db = g_dot.sum(0) if wanted[2] and g_dot is not None else None
-    found = [None if dx is None else _shaped(dx, x), dw, db]
-    shapes = x.shape, w.shape, w.shape[:1]
+    found = [None if dh is None else _shaped(dh, h), dw, db]
+    shapes = h.shape, w.shape, w.shape[:1]
     return [g.new_zeros(s) if t is None and flag else t for t, s, flag in zip(found, shapes, wanted, strict=True)]
 
 
