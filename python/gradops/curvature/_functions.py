@@ -20,7 +20,8 @@ outside_of_graphs = partial(
            "outside of the compiled function, or without fullgraph=True")  # fmt: skip
 
 _HINTS = {
-    "scaled_dot_product": "fused attention has no second derivative in torch; run the model under "
+    "scaled_dot_product": "fused attention has no second derivative in torch; call this under "
+                          "`with gradops.curvature.second_order_kernels():`, or, with dropout, under "
                           "`with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):`",
     "aot_autograd": "a compiled model has a first derivative only; pass the model as it was before torch.compile, "
                     "its `_orig_mod`",

@@ -31,7 +31,8 @@ def second_order_kernels() -> Any:
     ``silu(inplace=True)``, integers, complex numbers and tensors of other kinds, anything under autocast, and every
     call with a wrong argument, so that the errors are torch's.
 
-    What counts is where the function is called, not where it is differentiated: the backward pass may come after. In
+    Results are kept for the backward pass: a model that writes over one in place gets torch's error about it. What
+    counts is where the function is called, not where it is differentiated: the backward pass may come after. In
     :func:`torch.func` transforms and :func:`torch.compile` it works as outside of them.
 
     Example:
