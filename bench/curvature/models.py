@@ -4,7 +4,8 @@ The floors are floating-point operations of the matrix products: a gradient is 3
 Hessian 8, each further one 6, one with the Gauss-Newton matrix 5.
 """
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,6 +23,9 @@ WIDTH, LAYERS, HEADS, TIME, VOCABULARY = 256, 4, 4, 256, 2048
 
 
 class Block(nn.Module):
+    # The only one of torch with second derivatives; a gradient, and second_order_kernels, need none.
+    attention: Callable[[], AbstractContextManager[Any]] = staticmethod(lambda: sdpa_kernel(SDPBackend.MATH))
+
     def __init__(self) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
@@ -31,7 +35,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        with sdpa_kernel(SDPBackend.MATH):  # the only one with second derivatives
+        with self.attention():
             a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(a.transpose(1, 2).flatten(2))
         h = self.norm2(x)
@@ -56,6 +60,7 @@ class Problem:
     x: Tensor
     y: Tensor
     forward: float  # floating-point operations
+    kernels: bool = False  # under second_order_kernels
 
     def __post_init__(self) -> None:
         self.params = {name: p.detach() for name, p in self.model.named_parameters()}
@@ -64,6 +69,14 @@ class Problem:
 
     def outputs(self, params: dict[str, Tensor]) -> Tensor:
         return functional_call(self.model, params, (self.x,))
+
+    def within(self, f: Callable[[], Any]) -> Callable[[], Any]:
+        """f in the context that this problem is about."""
+        def run() -> Any:
+            with curvature.second_order_kernels() if self.kernels else nullcontext():
+                return f()
+
+        return run
 
     def loss(self, params: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(self.outputs(params), self.y)
@@ -90,15 +103,22 @@ def cases(settings: Settings) -> Iterator[Case]:
                  lambda: gpt(1 if settings.quick else 4, settings.device)):
         torch.manual_seed(0)
         problem = make()
-        yield hessian(problem)
-        yield one_more(problem)
-        yield gauss_newton(problem)
+        for kernels in (False, True):
+            p = replace(problem, kernels=kernels, shape=problem.shape + ", second_order_kernels" * kernels)
+            yield hessian(p)
+            yield one_more(p)
+            yield gauss_newton(p)
 
 
 def gradient(p: Problem) -> Callable[[], object]:
+    """Torch's, with flash attention."""
     def run() -> object:
         leaves = {name: t.detach().requires_grad_() for name, t in p.params.items()}
-        return torch.autograd.grad(p.loss(leaves), list(leaves.values()))
+        math, Block.attention = Block.attention, staticmethod(nullcontext)
+        try:
+            return torch.autograd.grad(p.loss(leaves), list(leaves.values()))
+        finally:
+            Block.attention = staticmethod(math)
 
     return run
 
@@ -156,7 +176,7 @@ def hessian(p: Problem) -> Case:
     peers["gradient"] = lambda: gradient(p)() and None
     return Case(
         "hvp", p.shape, torch.float32,
-        ours=lambda: flat(curvature.hvp(p.loss, p.params, p.v)[1]),
+        ours=p.within(lambda: flat(curvature.hvp(p.loss, p.params, p.v)[1])),
         reference=lambda: flat(jvp(grad(p.loss), (p.params,), (p.v,))[1]), peers=peers,
         flops={torch.float32: 8 * p.forward}, error=error_of(to_double(p, hessian_in(p))),
     )  # fmt: skip
@@ -172,7 +192,7 @@ def one_more(p: Problem) -> Case:
         return flat(keep[0](p.v))
 
     return Case(
-        "linearize_grad, a product", p.shape, torch.float32, ours=ours,
+        "linearize_grad, a product", p.shape, torch.float32, ours=p.within(ours),
         reference=lambda: flat(jvp(grad(p.loss), (p.params,), (p.v,))[1]),
         peers={"gradient": lambda: gradient(p)() and None}, flops={torch.float32: 6 * p.forward},
         error=error_of(to_double(p, hessian_in(p))),
@@ -191,6 +211,7 @@ def gauss_newton(p: Problem) -> Case:
     exact = to_double(p, lambda outputs, params, v: curvature.ggnvp(outputs, "cross_entropy", params, v))
     return Case(
         "ggnvp", p.shape, torch.float32,
-        ours=lambda: flat(curvature.ggnvp(p.outputs, "cross_entropy", p.params, p.v)), reference=plain, peers=peers,
+        ours=p.within(lambda: flat(curvature.ggnvp(p.outputs, "cross_entropy", p.params, p.v))), reference=plain,
+        peers=peers,
         flops={torch.float32: 5 * p.forward}, error=error_of(exact),
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """A loss as a function of parameters, its gradient with a graph, and products with its Hessian."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,14 @@ from torch.func import functional_call
 from .._checks import check_tensor
 from ._trees import Tree
 
+outside_of_graphs = partial(
+    torch.compiler.disable,
+    reason="products with a Hessian are made of autograd's own calls, which torch.compile cannot trace: call them "
+           "outside of the compiled function, or without fullgraph=True")  # fmt: skip
+
 _HINTS = {
-    "scaled_dot_product": "fused attention has no second derivative in torch; run the model under "
+    "scaled_dot_product": "fused attention has no second derivative in torch; call this under "
+                          "`with gradops.curvature.second_order_kernels():`, or, with dropout, under "
                           "`with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):`",
     "aot_autograd": "a compiled model has a first derivative only; pass the model as it was before torch.compile, "
                     "its `_orig_mod`",
@@ -95,6 +102,21 @@ def split_aux(out: Any, has_aux: bool, name: str = "f") -> tuple[Any, Any]:
     return out
 
 
+def check_loss(loss: Any) -> None:
+    check_tensor(loss, "the result of f")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise ValueError("f must return one real number, got a tensor of shape "
+                         f"{tuple(loss.shape)} and dtype {loss.dtype}")
+    if not loss.requires_grad:
+        raise ValueError("the loss depends on none of params: f must compute it from its argument, not from "
+                         "other tensors or under no_grad")
+
+
+def check_influence(grads: Sequence[Tensor | None]) -> None:
+    if all(g is None for g in grads):
+        raise ValueError("the loss depends on none of params: f must compute it from its argument")
+
+
 def nodes(root: Any) -> Iterator[Any]:
     """Every node of the graph behind `root`."""
     seen, stack = {root}, [root]
@@ -133,36 +155,29 @@ def _refuse_constants(name: str) -> Callable[..., None]:
 
 
 class Gradient:
-    """The loss and its gradient with the graph that a second backward pass needs; the gradient's values only on
-    demand, since products go on from its edges."""
+    """The gradient of a loss with the graph that a second backward pass needs; its values only on demand, since
+    products go on from its edges."""
 
-    def __init__(self, f: Any, params: Any, has_aux: bool, *, values: bool) -> None:
-        function, self.params = resolve(f, params)
+    def __init__(self, loss: Tensor, points: list[Tensor], *, values: bool) -> None:
+        self._leaves = points
         with recording():
-            self._leaves = [p.requires_grad_() for p in leaves(self.params)]
-            loss, self.aux = split_aux(function(self.params.build(self._leaves)), has_aux)
-            self._check(loss)
             _guard(loss)
             seed = torch.ones_like(loss, requires_grad=True)
-            grads = torch.autograd.grad(loss, self._leaves, seed, create_graph=True, allow_unused=True)
-        if all(g is None for g in grads):
-            raise ValueError("the loss depends on none of params: f must compute it from its argument")
-        self.loss = loss.detach()
+            grads = torch.autograd.grad(loss, points, seed, create_graph=True, allow_unused=True)
+        check_influence(grads)
         self._edges = [(i, get_gradient_edge(g)) for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        self.grads: list[Tensor] = []
+        self.values: list[Tensor] = []
         if values:
-            pairs = zip(grads, self._leaves, strict=True)
-            self.grads = [torch.zeros_like(p) if g is None else g.detach() for g, p in pairs]
+            self.values = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, points, strict=True)]
 
-    @staticmethod
-    def _check(loss: Any) -> None:
-        check_tensor(loss, "the result of f")
-        if loss.numel() != 1 or not loss.is_floating_point():
-            raise ValueError("f must return one real number, got a tensor of shape "
-                             f"{tuple(loss.shape)} and dtype {loss.dtype}")
-        if not loss.requires_grad:
-            raise ValueError("the loss depends on none of params: f must compute it from its argument, not from "
-                             "other tensors or under no_grad")
+    @classmethod
+    def of(cls, f: Callable[..., Any], params: Tree, has_aux: bool, *, values: bool) -> tuple[Gradient, Tensor, Any]:
+        """The gradient of f, the loss, and what else f returns."""
+        with recording():
+            points = [p.requires_grad_() for p in leaves(params)]
+            loss, aux = split_aux(f(params.build(points)), has_aux)
+            check_loss(loss)
+        return cls(loss, points, values=values), loss.detach(), aux
 
     def product(self, v: list[Tensor], keep: bool) -> list[Tensor]:
         """H v. Without `keep` the graph is freed on the way."""

@@ -150,6 +150,8 @@ def differentiable(name: str, kernels: Kernels, *, inputs: int, constants: int, 
     class Dual(torch.autograd.Function):
         """Forward and jvp in one pass, where the input comes with its change; then also backward and backward_jvp."""
 
+        two_orders = True
+
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
             assert kernels.dual is not None
@@ -162,7 +164,9 @@ def differentiable(name: str, kernels: Kernels, *, inputs: int, constants: int, 
         def backward(ctx: Any, g: Maybe, *others: Maybe):
             _no_gradient(name, others[:m - 1])
             base, x_dot, out_dot = _cut(_kept(ctx), n + c + m, n, m)
-            if torch.is_grad_enabled():  # a graph of this pass is wanted: only the four can give one
+            if forward_ad._current_level < 0:  # type: ignore[attr-defined]  # the changes are out of date
+                grads = _gradient(ctx, base, g)
+            elif torch.is_grad_enabled():  # a graph of this pass is wanted: only the four can give one
                 grads = _gradient(ctx, [*map(_with, base[:n], x_dot), *base[n:n + c], *map(_with, base[n + c:], out_dot)], g)
             else:
                 grads = _dual_gradient(ctx, base, x_dot, out_dot, g)
@@ -170,6 +174,7 @@ def differentiable(name: str, kernels: Kernels, *, inputs: int, constants: int, 
 
     for function in (Forward, Backward, Jvp, BackwardJvp, Dual):  # node names are what torch's messages show
         function.__name__ = function.__qualname__ = name.title().replace("_", "") + function.__name__
+        function._backward_cls.__name__ = function.__name__ + "Backward"  # type: ignore[attr-defined]
 
     def _gradient(ctx: Any, base: Values, g: Maybe) -> Values:
         wants = _mask(ctx.needs_input_grad[:n])
@@ -210,6 +215,8 @@ def differentiable(name: str, kernels: Kernels, *, inputs: int, constants: int, 
 class _Function(torch.autograd.Function):
     """Kernels take any batch dimensions in front, the same for every tensor; so a new one may be put there."""
 
+    two_orders = True
+
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         def put(a: Any, dim: Any) -> Any:
@@ -219,6 +226,11 @@ class _Function(torch.autograd.Function):
 
         outputs = cls.apply(*(put(a, d) for a, d in zip(args, in_dims, strict=True)))
         return outputs, (0,) * len(outputs)
+
+
+def has_two_orders(node: Any) -> bool:
+    """Whether a node of a graph is of a function made here."""
+    return getattr(getattr(type(node), "_forward_cls", None), "two_orders", False)
 
 
 def _keep(ctx: Any, values: Values) -> None:

@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._checks import check_floating, check_one_of
-from ._functions import Gradient, leaves, recording, resolve
+from ._functions import Gradient, leaves, outside_of_graphs, recording, resolve
+from ._trees import Tree
 from .softmax_ce_hvp import softmax_ce_hvp
 
 # From the model's outputs z and their change u = J v to the cotangent of z.
 Curvature = Callable[[Tensor, Tensor], Tensor]
 
 
-@torch.compiler.disable
+@outside_of_graphs
 def ggnvp(model_fn: Any, loss_fn: str | Callable[[Tensor], Tensor], params: Any, v: Any, *,
           reduction: str = "mean") -> Any:
     r"""The product of the generalised Gauss-Newton matrix with a vector, in one forward and one backward pass.
@@ -59,7 +60,7 @@ def ggnvp(model_fn: Any, loss_fn: str | Callable[[Tensor], Tensor], params: Any,
     return _product(model_fn, params, v, lambda z, u: softmax_ce_hvp(z, u, reduction=reduction))
 
 
-@torch.compiler.disable
+@outside_of_graphs
 def fvp(model_fn: Any, params: Any, v: Any, *, likelihood: str = "categorical", mc_samples: int = 0,
         generator: torch.Generator | None = None, reduction: str = "mean") -> Any:
     r"""The product of the Fisher information matrix with a vector.
@@ -146,4 +147,4 @@ def _sampled(z: Tensor, u: Tensor, likelihood: str, samples: int, generator: tor
 
 
 def _hessian_of(loss_fn: Callable[[Tensor], Tensor], z: Tensor, u: Tensor) -> Tensor:
-    return Gradient(loss_fn, z, has_aux=False, values=False).product([u], keep=False)[0]
+    return Gradient.of(loss_fn, Tree(z, "z"), has_aux=False, values=False)[0].product([u], keep=False)[0]

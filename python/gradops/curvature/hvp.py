@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._functions import Gradient, resolve
+from ._dual import forward_over_reverse
+from ._functions import Gradient, outside_of_graphs, resolve
 from ._trees import Tree
 
 
-@torch.compiler.disable
+@outside_of_graphs
 def hvp(f: Any, params: Any, v: Any, *, has_aux: bool = False) -> Any:
-    r"""The loss and the product of its Hessian with a vector, by double backward.
+    r"""The loss and the product of its Hessian with a vector.
 
     .. math:: L = f(\theta), \qquad Hv = \nabla_\theta \langle \nabla_\theta f(\theta), v \rangle
 
@@ -29,19 +30,24 @@ def hvp(f: Any, params: Any, v: Any, *, has_aux: bool = False) -> Any:
         ``(loss, Hv)``, or ``(loss, Hv, aux)``. Hv has the structure of `params`, and zeros for those that do not
         influence the loss. Nothing that is returned has a graph, apart from aux.
 
-    f is called once, so dropout has one mask: H is the Hessian of the loss with that mask. Buffers of a module
-    (running statistics of batch norm) are left as they are. A shared parameter is given once. Sums in float32 or
-    float64 are torch's own; so is the accuracy.
+    f is called once, and once more from the start where it calls a function without a forward mode; random numbers are
+    then the same, so dropout has one mask: H is the Hessian of the loss with that mask. Buffers of a module (running
+    statistics of batch norm) are left as they are. A shared parameter is given once. Results are within rounding of
+    torch's; sums in float32 or float64.
 
     Raises TypeError or ValueError for arguments that do not fit, and for a loss that depends on none of `params`.
     Where an operation of the model has no second derivative (fused attention, `once_differentiable` functions, a
     compiled model), torch's RuntimeError is raised, with the way out if there is one; the result is never a silent
-    zero. Under :func:`torch.compile` the call runs outside of the graph.
+    zero. Under :func:`torch.compile` the call runs outside of the graph, and with ``fullgraph=True`` it is refused.
+    Under :func:`second_order_kernels` an ordinary model has fused attention, norms and losses that can do it.
 
-    One call costs three gradients of the model's products, about 2.95 gradients measured on a perceptron and a small
-    GPT, and about 2.6 times a gradient's peak of memory: the graphs of the forward and of the backward pass. Of
-    torch's routes double backward is the lightest: forward over reverse (``jvp(grad(f))``) takes 3.2 gradients' time
-    and 4.5 to 5.3 times the memory, because it records the same graphs and the tangents' as well.
+    The vector goes through the forward and the backward pass as the parameters' change. Linear layers and the
+    operations of this family have fused passes for that, and the gradient of a linear layer's weight is left out: 8
+    thirds of a gradient's matrix products, where other routes need 9. Measured are 2.6 gradients' time on a small GPT
+    under :func:`second_order_kernels` and on a perceptron, and 2.05 and 2.7 times a gradient's peak of memory. What
+    has no fast or safe forward mode goes through double backward: convolutions, group norm, functions of somebody
+    else, checkpoints, in-place calls on the result of a linear layer, gradients within f; 2.95 gradients' time, and
+    about 3 times the memory.
 
     Source: B. Pearlmutter, Fast exact multiplication by the Hessian, 1994.
 
@@ -52,13 +58,12 @@ def hvp(f: Any, params: Any, v: Any, *, has_aux: bool = False) -> Any:
         >>> hvp(lambda x: x[0] ** 2 * x[1], x, torch.tensor([1.0, 0.0]))
         (tensor(2.), tensor([4., 2.]))
     """
-    vector = resolve(f, params)[1].vector(v)[0]
-    g = Gradient(f, params, has_aux, values=False)
-    out = g.loss, g.params.build(g.product(vector, keep=False))
-    return (*out, g.aux) if has_aux else out
+    tree, loss, aux, _, product = _product(f, params, v, has_aux, values=False)
+    out = loss, tree.build(product)
+    return (*out, aux) if has_aux else out
 
 
-@torch.compiler.disable
+@outside_of_graphs
 def grad_and_hvp(f: Any, params: Any, v: Any, *, has_aux: bool = False) -> Any:
     """``(loss, gradient, Hv)``, or ``(loss, gradient, Hv, aux)``: the gradient is on the way of :func:`hvp`.
 
@@ -70,23 +75,32 @@ def grad_and_hvp(f: Any, params: Any, v: Any, *, has_aux: bool = False) -> Any:
         >>> grad_and_hvp(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]), torch.ones(2))
         (tensor(9.), tensor([ 3., 12.]), tensor([ 6., 12.]))
     """
-    vector = resolve(f, params)[1].vector(v)[0]
-    g = Gradient(f, params, has_aux, values=True)
-    out = g.loss, g.params.build(g.grads), g.params.build(g.product(vector, keep=False))
-    return (*out, g.aux) if has_aux else out
+    tree, loss, aux, gradient, product = _product(f, params, v, has_aux, values=True)
+    out = loss, tree.build(gradient), tree.build(product)
+    return (*out, aux) if has_aux else out
+
+
+def _product(
+    f: Any, params: Any, v: Any, has_aux: bool, values: bool
+) -> tuple[Tree, Tensor, Any, list[Tensor], list[Tensor]]:
+    function, tree = resolve(f, params)
+    vector = tree.vector(v)[0]
+    found = forward_over_reverse(function, tree, vector, has_aux, values)
+    if found is not None:
+        return tree, *found
+    g, loss, aux = Gradient.of(function, tree, has_aux, values=values)
+    return tree, loss, aux, g.values, g.product(vector, keep=False)
 
 
 class LinearizedGrad:
     """The gradient of a loss at one point, kept so that products with the Hessian are cheap: see `linearize_grad`."""
 
     def __init__(self, f: Any, params: Any, has_aux: bool) -> None:
-        self._gradient = Gradient(f, params, has_aux, values=True)
-        self._params: Tree = self._gradient.params
-        self.loss: Tensor = self._gradient.loss
-        self.grad: Any = self._params.build(self._gradient.grads)
-        self.aux: Any = self._gradient.aux
+        function, self._params = resolve(f, params)
+        self._gradient, self.loss, self.aux = Gradient.of(function, self._params, has_aux, values=True)
+        self.grad: Any = self._params.build(self._gradient.values)
 
-    @torch.compiler.disable
+    @outside_of_graphs
     def __call__(self, v: Any) -> Any:
         """H v; or, where every leaf of v has a further first axis of k, the k products along such an axis."""
         vectors, count = self._params.vector(v, stacked=True)
@@ -99,7 +113,7 @@ class LinearizedGrad:
         return self._params.build(out)
 
 
-@torch.compiler.disable
+@outside_of_graphs
 def linearize_grad(f: Any, params: Any, *, has_aux: bool = False) -> LinearizedGrad:
     """A function v -> H v that has paid for the forward and the first backward pass: for many vectors.
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._checks import check_floating, check_integers, check_like, check_one_of, check_tensor
-from ._functions import leaves, recording, resolve
+from ._functions import leaves, outside_of_graphs, recording, resolve
 from ._trees import Tree
 
 
-@torch.compiler.disable
+@outside_of_graphs
 def pg_hvp(policy: Any, params: Any, v: Any, observations: Any, actions: Tensor, weights: Tensor,
            trajectory_ids: Tensor, *, reduction: str = "mean") -> Any:
     r"""The policy gradient and an unbiased product of the Hessian of the expected return with a vector.

@@ -85,6 +85,8 @@ def _table(t: Tensor, x: Tensor, pairs: int, interleaved: bool) -> Tensor:
 
 
 class _Rope(torch.autograd.Function):
+    two_orders = True  # its backward pass and its jvp are itself
+
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
         return _op(x, cos, sin, interleaved, inverse)  # type: ignore[no-any-return]
