@@ -31,8 +31,8 @@ Values = Sequence[Any]
 @dataclass(frozen=True)
 class Kernels:
     """x: the inputs that have derivatives, some None; c: the other arguments; out: y and what is kept beside it.
-    Changes (`*_dot`) that are None are zero. Results are lists like the inputs; of those that `wanted` does not ask for,
-    anything. With `dual`, changes that come with the input are computed in the same pass."""
+    Changes (`*_dot`) that are None are zero. Results are lists like the inputs; of those that `wanted` does not ask
+    for, anything. With `dual`, changes that come with the input are computed in the same pass."""
 
     forward: Callable[[Values, Values], Sequence[Tensor]]  # x, c -> out
     backward: Callable[[Values, Values, Values, Tensor, Sequence[bool]], Values]  # x, c, out, g, wanted -> dx
@@ -44,7 +44,9 @@ class Kernels:
     backward_dual: Callable[..., tuple[Values, Values]] | None = None
 
 
-def differentiable(name: str, kernels: Kernels, *, inputs: int, constants: int, outputs: int = 1) -> Callable[..., Tensor]:
+def differentiable(
+    name: str, kernels: Kernels, *, inputs: int, constants: int, outputs: int = 1
+) -> Callable[..., Tensor]:  # fmt: skip
     """y as a function of `inputs` tensors and `constants` other arguments, in this order."""
     n, c, m = inputs, constants, outputs
     head = (n, c, m)
@@ -127,8 +129,8 @@ def differentiable(name: str, kernels: Kernels, *, inputs: int, constants: int, 
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Maybe):
-            raise RuntimeError(f"{name}: forward mode over forward mode is not supported; take one of the two in reverse "
-                               "mode, as torch.func.hessian does")
+            raise RuntimeError(f"{name}: forward mode over forward mode is not supported; take one of the two in "
+                               "reverse mode, as torch.func.hessian does")
 
     class BackwardJvp(_Function):
         @staticmethod
@@ -167,7 +169,8 @@ def differentiable(name: str, kernels: Kernels, *, inputs: int, constants: int, 
             if forward_ad._current_level < 0:  # type: ignore[attr-defined]  # the changes are out of date
                 grads = _gradient(ctx, base, g)
             elif torch.is_grad_enabled():  # a graph of this pass is wanted: only the four can give one
-                grads = _gradient(ctx, [*map(_with, base[:n], x_dot), *base[n:n + c], *map(_with, base[n + c:], out_dot)], g)
+                x, const, out = _cut(base, *head)
+                grads = _gradient(ctx, [*map(_with, x, x_dot), *const, *map(_with, out, out_dot)], g)
             else:
                 grads = _dual_gradient(ctx, base, x_dot, out_dot, g)
             return *grads, *[None] * (c + n)
@@ -206,7 +209,7 @@ def differentiable(name: str, kernels: Kernels, *, inputs: int, constants: int, 
             pairs = [(None, None) if t is None else forward_ad.unpack_dual(t) for t in x]
             if any(dot is not None for _, dot in pairs):
                 out = Dual.apply(*[t for t, _ in pairs], *args[n:], *[dot for _, dot in pairs])
-                return _with(out[0], out[m])
+                return forward_ad.make_dual(out[0], out[m])
         return Forward.apply(*args)[0]
 
     return call
