@@ -240,3 +240,28 @@ def test_refusals():
         opt.step(hvp=[torch.ones(2)])
     with pytest.raises(ValueError, match="one tensor for each of 1 parameters, got 2"):
         opt.step(hvp=[torch.ones(3)] * 2)
+
+
+def test_dtensor():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for placement in (Replicate(), Shard(0)):
+            plain = [torch.nn.Parameter(torch.ones(4, 2)) for _ in range(2)]
+            placed = [torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [placement])),
+                      torch.nn.Parameter(torch.ones(4, 2))]
+            reference, opt = NPGIGT(plain, eta=0.5), NPGIGT(placed, eta=0.5)
+            for step in range(3):
+                gradient = torch.arange(8.0).view(4, 2) - step
+                for p in (*plain, placed[1]):
+                    p.grad = gradient.clone()
+                placed[0].grad = distribute_tensor(gradient, mesh, [placement])
+                opt.step(), reference.step()
+            torch.testing.assert_close(placed[0].full_tensor(), plain[0])
+            torch.testing.assert_close(placed[1], plain[1])
+    finally:
+        dist.destroy_process_group()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .._op import register
-from .base import check_scalar, check_state_dtype, scalar, zeros_like_state
+from .base import _local, _placements, check_scalar, check_state_dtype, scalar, zeros_like_state
 from .resume import ResumingOptimizer
 
 _update = register("harpg_update_", fake=lambda d, *_: d[0].new_empty((), dtype=torch.float64), vmap=False)
@@ -103,12 +103,17 @@ class RecursiveOptimizer(ResumingOptimizer):
             first = not state
             if first:
                 state["momentum_buffer"] = zeros_like_state(p, group)
-                state["scale"] = state["momentum_buffer"].new_zeros(())
+                state["scale"] = torch.zeros((), dtype=state["momentum_buffer"].dtype, device=p.device)
             sweep = sweeps.get(p.device)
             if sweep is None:
                 sweep = sweeps[p.device] = _Sweep()
+            d = state["momentum_buffer"]
+            if _placements(p) is not None:
+                sweep.whole.append(d)
+                p, d, grad = _local(p), _local(d), _local(grad)
+                change = None if change is None else _local(change)
             sweep.params.append(p)
-            sweep.d.append(state["momentum_buffer"])
+            sweep.d.append(d)
             sweep.scale.append(state["scale"])
             sweep.grad.append(grad)
             sweep.eta.append(1.0 if first else eta)
@@ -156,6 +161,7 @@ class _Sweep:
         self.change: list[Tensor] = []
         self.grad: list[Tensor] = []
         self.eta: list[float] = []
+        self.whole: list[Tensor] = []  # those of d that are DTensors; the others are in d alone
 
     def apply(self, lr: Any, norm: Tensor | None) -> None:
         number, tensor = (1.0, lr.to(self.d[0].device)) if isinstance(lr, Tensor) else (lr, None)
@@ -169,6 +175,12 @@ def _update_all(sweeps: list[_Sweep], signs: list[float]) -> Tensor:
         return [x for s in sweeps for x in getattr(s, name)]
 
     norm: Tensor = _update(joined("d"), joined("change"), joined("grad"), joined("eta"), signs)
+    whole = joined("whole")
+    if whole:  # what this process has of them is not all
+        local = {id(_local(d)) for d in whole}
+        norms = [torch.linalg.vector_norm(d).full_tensor() for d in whole]
+        norms += [torch.linalg.vector_norm(d) for d in joined("d") if id(d) not in local]
+        norm = torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
     return norm
 
 
