@@ -207,6 +207,15 @@ def test_attention_and_aux(doubled):
         close(a, b)
 
 
+def test_small_models_go_through_double_backward(doubled, monkeypatch):
+    x, f = numbers(3, 4), LOSSES["mlp"][0]
+    Hx = hvp(f, x, x)[1]
+    assert not doubled
+    monkeypatch.setattr(_dual, "SMALL", 13)
+    close(hvp(f, x, x)[1], Hx)
+    assert doubled
+
+
 def test_inside_of_other_forward_modes():
     model, x = perceptron(), numbers(8, 4)
     f, params = loss(model, x, torch.zeros(8, dtype=torch.long)), parameters(model)
