@@ -154,6 +154,7 @@ LOSSES = {  # how f is called, and whether double backward is what makes the pro
     "no-jvp": (lambda x: Cube.apply(F.linear(x, W)).sum(), 2, True),
     "jvp": (lambda x: CubeBoth.apply(F.linear(x, W)).sum(), 1, True),
     "custom-op": (lambda x: cubed(F.linear(x, W)).sum(), 2, True),
+    "hook": (lambda x: (x.register_hook(lambda g: g**2), F.linear(W, x).square().sum())[1], 1, True),
     "unbind": (lambda x: sum(a.prod() * b.sin().sum() for a, b in zip(x.unbind(), x.split(1), strict=True)), 1, False),
 }  # fmt: skip
 

@@ -28,7 +28,7 @@ _REFUSED = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.group_norm, F.mish,
     F.huber_loss, F.grid_sample, F.ctc_loss, F.embedding_bag, torch.cdist, torch.autograd.grad, torch.autograd.backward,
     Tensor.backward, Tensor.detach_, Tensor.requires_grad_, Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
-    Tensor.data.__set__,  # type: ignore[attr-defined]
+    Tensor.data.__set__, Tensor.register_hook,  # type: ignore[attr-defined]
 }  # fmt: skip
 _REFUSED_NODES = ("SiluBackward", "MishBackward", "NativeGroupNormBackward", "HuberLossBackward", "MseLossBackward",
                   "HardsigmoidBackward", "GridSampler", "ScaledDotProduct", "NotImplemented", "Error", "CppNode",
