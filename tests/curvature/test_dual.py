@@ -154,6 +154,7 @@ LOSSES = {  # how f is called, and whether double backward is what makes the pro
     "no-jvp": (lambda x: Cube.apply(F.linear(x, W)).sum(), 2, True),
     "jvp": (lambda x: CubeBoth.apply(F.linear(x, W)).sum(), 1, True),
     "custom-op": (lambda x: cubed(F.linear(x, W)).sum(), 2, True),
+    "hook": (lambda x: (x.register_hook(lambda g: g**2), F.linear(W, x).square().sum())[1], 1, True),
     "unbind": (lambda x: sum(a.prod() * b.sin().sum() for a, b in zip(x.unbind(), x.split(1), strict=True)), 1, False),
 }  # fmt: skip
 
@@ -205,6 +206,15 @@ def test_attention_and_aux(doubled):
     assert doubled
     for a, b in zip(Hv, exact, strict=True):
         close(a, b)
+
+
+def test_small_models_go_through_double_backward(doubled, monkeypatch):
+    x, f = numbers(3, 4), LOSSES["mlp"][0]
+    Hx = hvp(f, x, x)[1]
+    assert not doubled
+    monkeypatch.setattr(_dual, "SMALL", 13)
+    close(hvp(f, x, x)[1], Hx)
+    assert doubled
 
 
 def test_inside_of_other_forward_modes():

@@ -28,12 +28,15 @@ _REFUSED = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.group_norm, F.mish,
     F.huber_loss, F.grid_sample, F.ctc_loss, F.embedding_bag, torch.cdist, torch.autograd.grad, torch.autograd.backward,
     Tensor.backward, Tensor.detach_, Tensor.requires_grad_, Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
-    Tensor.data.__set__,  # type: ignore[attr-defined]
+    Tensor.data.__set__, Tensor.register_hook,  # type: ignore[attr-defined]
 }  # fmt: skip
 _REFUSED_NODES = ("SiluBackward", "MishBackward", "NativeGroupNormBackward", "HuberLossBackward", "MseLossBackward",
                   "HardsigmoidBackward", "GridSampler", "ScaledDotProduct", "NotImplemented", "Error", "CppNode",
                   "CopySlices")  # the last may hide any other
 
+
+# Parameters, below which double backward is faster: seeing every call takes 2 ms for the smallest model.
+SMALL = 1 << 16
 
 Found = tuple[Tensor, Any, list[Tensor], list[Tensor]]  # the loss, what else f returns, the gradient, the product
 
@@ -43,6 +46,8 @@ def forward_over_reverse(
 ) -> Found | None:
     """None if double backward is to do it from the start; the state of random numbers is then as it was."""
     if forward_ad._current_level >= 0 or _packed():  # type: ignore[attr-defined]
+        return None
+    if sum(p.numel() for p in params.tensors) < SMALL:
         return None
     devices = sorted({p.get_device() for p in params.tensors if p.is_cuda})
     if devices and torch.cuda.is_current_stream_capturing():  # the state of random numbers cannot be read
