@@ -181,7 +181,10 @@ __global__ void __launch_bounds__(kMaxThreads)
       static_cast<T*>(t.out)[r * t.n + c] = from_double<T>(double(R(rstd) * d));
     }
   }
-  for (int64_t c = threadIdx.x; shared && c < sums * t.n; c += blockDim.x) result[c] = kept[c];
+  for (int64_t c = threadIdx.x; shared && c < t.n; c += blockDim.x) {
+    if (sums > 0) result[c] = dw[c];
+    if (sums > 1) result[t.n + c] = db[c];
+  }
 }
 
 // Column by column, what the pieces of an item add up to: 32 columns a block, a 32nd of the pieces a warp.
