@@ -180,6 +180,7 @@ __global__ void __launch_bounds__(kThreads) entropic_rows(const Arrays p, int64_
   float high, low;
   split(f - log_a, state.grid, high, low);
   const double log = state.in_double ? row_log<double>(t, f - log_a, 0, 0, i) : row_log<float>(t, 0, high, low, i);
+  __syncwarp();  // every lane has read f
   if (!first) return;
   // A sum that is far off says nothing about the end: a plain step.
   f -= (fabs(log) > 60 ? 1. : state.relaxation.omega) * log;

@@ -213,9 +213,11 @@ __global__ void __launch_bounds__(256)
     for (int64_t k = threadIdx.x; k < targets; k += blockDim.x) {
       const int64_t id = index[k];
       if (!row.has(id) || !row.kept(id)) continue;
-      double sum = 0;  // one entry may be chosen more than once; each of those threads writes the same
+      double sum = 0;  // one entry may be chosen more than once; the first of those threads writes it
+      bool first = true;
       for (int64_t i = 0; i < targets; ++i)
-        if (index[i] == id) sum += g[i];
+        if (index[i] == id) sum += g[i], first = first && i >= k;
+      if (!first) continue;
       const A x = old[r * targets + k];
       y[id] = from_double<T>(double(grad(x) + A(sum) * grad.dz(x)));
     }
