@@ -13,7 +13,7 @@ from rich.table import Table
 from . import bench as benchmarks
 from . import info as facts
 
-NOT_A_FAMILY = {"harness", "report"}
+NOT_A_FAMILY = {"harness", "peaks", "report"}
 
 
 def families() -> list[str]:
