@@ -71,12 +71,15 @@ def scaled_dot_product_attention(
 
     Args:
         query: :math:`Q`, ``(..., Hq, L, E)``; float64, float32, bfloat16 or float16. Products and sums are made in
-            float64 for float64 and in float32 elsewhere.
+            float64 for float64 and in float32 elsewhere; those of bfloat16, without changes, in products of bfloat16
+            with float32 sums where the processor has them.
         key: :math:`K`, ``(..., H, S, E)``.
         value: :math:`V`, ``(..., H, S, Ev)``.
         attn_mask: :math:`M`, broadcast to ``(..., Hq, L, S)``: boolean, True where a key is seen; or numbers that are
             added, of the dtype of query or float32, which is rounded to it. It has no derivative. A query that sees no
             key gives zeros, and has zero gradients.
+            Numbers hide by -inf: where finite ones of 1e6 and beyond hide every key of a query, float32 has no digits
+            left to tell its keys apart, and that query's output and gradients mean nothing (in torch's kernels too).
         dropout_p: must be 0: there is no dropout here.
         is_causal: query i sees keys 0 to i. Not together with attn_mask.
         scale: :math:`s`; None takes :math:`1/\sqrt{E}`.
