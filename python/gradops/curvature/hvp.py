@@ -43,9 +43,9 @@ def hvp(f: Any, params: Any, v: Any, *, has_aux: bool = False) -> Any:
 
     The vector goes through the forward and the backward pass as the parameters' change. Linear layers and the
     operations of this family have fused passes for that, and the gradient of a linear layer's weight is left out: 8
-    forward passes' worth of matrix products, where a gradient takes 3 and other routes 9. Measured are 2.6 gradients'
-    time on a small GPT under :func:`second_order_kernels` and on a perceptron, and 2.05 and 2.7 times a gradient's peak
-    of memory. Double backward takes the rest: what has no fast or safe forward mode (convolutions, group norm,
+    forward passes' worth of matrix products, where a gradient takes 3 and other routes 9. Measured are 2.4 gradients'
+    time on a small GPT under :func:`second_order_kernels` and 2.5 on a perceptron, and 1.9 and 2.85 times a gradient's
+    peak of memory. Double backward takes the rest: what has no fast or safe forward mode (convolutions, group norm,
     functions of somebody else, checkpoints, in-place calls on the result of a linear layer, gradients within f), and
     models of fewer than 65536 parameters, whose time is that of calls. It costs 2.9 gradients' time and 2.6 to 3.2
     times the memory, in models without attention.
