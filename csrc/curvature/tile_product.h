@@ -104,6 +104,14 @@ inline void sum_columns(int64_t m, int64_t depth, const Product<T>* p, int produ
 template <class T>
 inline void multiply(int64_t m, int64_t n, int64_t depth, const Product<T>& x, const Product<T>& y, T* out, int64_t ld,
                      bool add) {
+  constexpr int64_t kDepth = 128;  // numbers of one sum: longer ones in parts, for the sake of their rounding
+  if (depth > kDepth) {
+    const auto behind = [](const Product<T>& p) -> Product<T> {
+      return p.given() ? Product<T>{p.a + kDepth * p.col, p.row, p.col, p.b + kDepth * p.next, p.next} : p;
+    };
+    multiply(m, n, kDepth, x, y, out, ld, add);
+    return multiply(m, n, depth - kDepth, behind(x), behind(y), out, ld, true);
+  }
   const Product<T> both[2] = {x.given() ? x : y, y};
   const int products = x.given() + y.given();
   if (products == 0 && add) return;
