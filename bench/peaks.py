@@ -14,8 +14,8 @@ from rich.table import Table
 
 from gradops import curvature
 
-from .curvature import attention as a
 from .curvature import models as m
+from .curvature import scaled_dot_product_attention as a
 
 Route = Callable[[Any], object]
 ours = curvature.scaled_dot_product_attention

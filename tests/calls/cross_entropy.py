@@ -22,15 +22,16 @@ def rows(x):
 
 RULE = (-1, 0.1)
 CALLS = {
-    "softmax_ce": Call(lambda x: (x, target(x), *RULE), losses),
-    "softmax_ce_jvp": Call(lambda x: (x, target(x), x + 1, rows(x), *RULE), None),
-    "softmax_ce_backward": Call(lambda x: (x, target(x), rows(x), rows(x), *RULE), None),
-    "softmax_ce_backward_jvp": Call(
+    "cross_entropy": Call(lambda x: (x, target(x), *RULE), losses),
+    "cross_entropy_jvp": Call(lambda x: (x, target(x), x + 1, rows(x), *RULE), None),
+    "cross_entropy_backward": Call(lambda x: (x, target(x), rows(x), rows(x), *RULE), None),
+    "cross_entropy_backward_jvp": Call(
         lambda x: (x, target(x), x + 1, rows(x), rows(x), rows(x), rows(x), *RULE), None),
     "softmax_ce_hvp": Call(lambda x: (x, x + 1, rows(x)), lambda x: curvature.softmax_ce_hvp(x, x + 1), derivatives=0),
     # These give nothing back: tested in their room
-    "softmax_ce_backward_": Call(lambda x: (x, target(x), rows(x), rows(x), *RULE), None, own_bits=False, vmap=False),
-    "softmax_ce_backward_jvp_": Call(
+    "cross_entropy_backward_": Call(
+        lambda x: (x, target(x), rows(x), rows(x), *RULE), None, own_bits=False, vmap=False),
+    "cross_entropy_backward_jvp_": Call(
         lambda x: (x, target(x), x.clone(), rows(x), rows(x), rows(x), rows(x), *RULE), None, own_bits=False,
         vmap=False),
     "softmax_ce_hvp_out": Call(lambda x: (x, x, rows(x), x.detach() + 1), None, own_bits=False, vmap=False),

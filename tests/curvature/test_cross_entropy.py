@@ -48,19 +48,19 @@ def test_raw_ops(backend, dtype, shape, smoothing):
     def near(ours, want, rounded=True):
         assert error(ours, want) <= (TOLERANCE[dtype] if rounded else min(TOLERANCE[dtype], 5e-7))
 
-    loss, lse = ops.softmax_ce(z, t, *rule)
+    loss, lse = ops.cross_entropy(z, t, *rule)
     near(loss, losses(z.double()), rounded=False)
-    near(ops.softmax_ce_backward(z, t, lse, g, *rule), gradient(z.double(), g))
-    loss_dot, lse_dot = ops.softmax_ce_jvp(z, t, u, lse, *rule)
+    near(ops.cross_entropy_backward(z, t, lse, g, *rule), gradient(z.double(), g))
+    loss_dot, lse_dot = ops.cross_entropy_jvp(z, t, u, lse, *rule)
     near(loss_dot, jvp(losses, (z.double(),), (u.double(),))[1], rounded=False)
     for along_g in (g_dot, None):
-        ours = ops.softmax_ce_backward_jvp(z, t, u, lse, lse_dot, g, along_g, *rule)
+        ours = ops.cross_entropy_backward_jvp(z, t, u, lse, lse_dot, g, along_g, *rule)
         near(ours, jvp(gradient, (z.double(), g), (u.double(), 0 * g if along_g is None else along_g))[1])
     assert all(torch.equal(x, y) for x, y in zip((z, u, t, g, g_dot), copies, strict=True))
     over_z, over_u = z.clone(), u.clone()
-    ops.softmax_ce_backward_(over_z, t, lse, g, *rule)
-    assert torch.equal(over_z, ops.softmax_ce_backward(z, t, lse, g, *rule))
-    ops.softmax_ce_backward_jvp_(z, t, over_u, lse, lse_dot, g, None, *rule)
+    ops.cross_entropy_backward_(over_z, t, lse, g, *rule)
+    assert torch.equal(over_z, ops.cross_entropy_backward(z, t, lse, g, *rule))
+    ops.cross_entropy_backward_jvp_(z, t, over_u, lse, lse_dot, g, None, *rule)
     assert torch.equal(over_u, ours)
 
 
@@ -110,12 +110,12 @@ def test_masked_and_large_logits(backend, dtype):
     t = torch.tensor([0, 1, 2, 3, -100, 5])
     z, t, u, g = z.to(device), t.to(device), numbers((6, 9), dtype, 1).to(device), torch.ones(6).double().to(device)
     exact = z.double()
-    loss, lse = ops.softmax_ce(z, t, -100, 0.0)
+    loss, lse = ops.cross_entropy(z, t, -100, 0.0)
     want = F.cross_entropy(exact, t, reduction="none")
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6, equal_nan=True)
-    lse_dot = ops.softmax_ce_jvp(z, t, u, lse, -100, 0.0)[1]
-    dz = ops.softmax_ce_backward(z, t, lse, g, -100, 0.0)
-    dz_dot = ops.softmax_ce_backward_jvp(z, t, u, lse, lse_dot, g, None, -100, 0.0)
+    lse_dot = ops.cross_entropy_jvp(z, t, u, lse, -100, 0.0)[1]
+    dz = ops.cross_entropy_backward(z, t, lse, g, -100, 0.0)
+    dz_dot = ops.cross_entropy_backward_jvp(z, t, u, lse, lse_dot, g, None, -100, 0.0)
     h = ops.softmax_ce_hvp(z, u, (t != -100).double())
     p = exact.softmax(-1)
     target = F.one_hot(t.clamp(min=0), 9)
@@ -125,7 +125,7 @@ def test_masked_and_large_logits(backend, dtype):
         want[4] = 0
         torch.testing.assert_close(ours.double(), want, rtol=2 * TOLERANCE[dtype], atol=1e-6, equal_nan=True)
         assert ours[2:4].isnan().all() and (ours[0, 3:] == 0).all()
-    smooth = ops.softmax_ce(z, t, -100, 0.1)[0]
+    smooth = ops.cross_entropy(z, t, -100, 0.1)[0]
     assert smooth[0] == torch.inf and smooth[4] == 0 and smooth[2:4].isnan().all()
     torch.testing.assert_close(smooth[1], F.cross_entropy(exact[1], t[1], label_smoothing=0.1), rtol=1e-6, atol=1e-6)
 
@@ -201,7 +201,7 @@ def test_what_is_wrong_is_named(change, kind, message):
 def test_a_bad_target_on_cuda_is_nan(cuda_backend):
     device, ops = cuda_backend
     z, t = numbers((3, 4)).to(device), torch.tensor([1, 7, -3]).to(device)
-    loss, lse = ops.softmax_ce(z, t, -100, 0.0)
+    loss, lse = ops.cross_entropy(z, t, -100, 0.0)
     assert loss[0].isfinite() and loss[1:].isnan().all()
-    dz = ops.softmax_ce_backward(z, t, lse, torch.ones_like(lse), -100, 0.0)
+    dz = ops.cross_entropy_backward(z, t, lse, torch.ones_like(lse), -100, 0.0)
     assert dz[0].isfinite().all() and dz[1:].isnan().all()

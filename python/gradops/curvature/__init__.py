@@ -1,17 +1,17 @@
 """Hessian-vector products of whole models, and what is made of them: spectra, traces, policy-gradient Hessians."""
-from .attention import scaled_dot_product_attention
 from .cross_entropy import cross_entropy
 from .ggn import fvp, ggnvp
 from .hutchinson import DiagonalEstimate, TraceEstimate, hutchinson_diag, hutchinson_trace
 from .hvp import LinearizedGrad, grad_and_hvp, hvp, linearize_grad
 from .kernels import second_order_kernels
 from .lanczos import LanczosResult, SpectralDensity, lanczos, slq_density
+from .layer_norm import layer_norm, rms_norm
 from .linear_ce_ggnvp import linear_ce_ggnvp
 from .linear_cross_entropy import linear_cross_entropy
-from .norms import layer_norm, rms_norm
 from .operators import as_linear_operator
 from .policy import pg_hvp
 from .rope import rope
+from .scaled_dot_product_attention import scaled_dot_product_attention
 from .softmax_ce_hvp import softmax_ce_hvp
 from .swiglu import swiglu
 

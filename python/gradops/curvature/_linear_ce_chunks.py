@@ -122,15 +122,15 @@ def _sweep(options: tuple[int, float], wanted: int, wanted_dot: int, out: list[T
     for rows, both in _memory(hidden, weight, 2 if moves else 1):
         z, u = _logits(both, rows, hidden, weight, bias, *dots)
         if lse is None:
-            loss[rows], new_lse[rows] = _kernels.softmax_ce(z, target[rows], *options)
+            loss[rows], new_lse[rows] = _kernels.cross_entropy(z, target[rows], *options)
         known, row_g, row_g_dot = (None if t is None else t[rows] for t in (new_lse if lse is None else lse, g, g_dot))
         if moves:
-            loss_dot[rows], lse_dot[rows] = _kernels.softmax_ce_jvp(z, target[rows], u, known, *options)
+            loss_dot[rows], lse_dot[rows] = _kernels.cross_entropy_jvp(z, target[rows], u, known, *options)
         if wanted_dot:  # u becomes the change of the gradient
-            _kernels.softmax_ce_backward_jvp_(z, target[rows], u, known, lse_dot[rows], row_g, row_g_dot, *options)
+            _kernels.cross_entropy_backward_jvp_(z, target[rows], u, known, lse_dot[rows], row_g, row_g_dot, *options)
             second.add_bias(rows, u)
         if wanted or wanted_dot:  # and z the gradient
-            _kernels.softmax_ce_backward_(z, target[rows], known, row_g, *options)
+            _kernels.cross_entropy_backward_(z, target[rows], known, row_g, *options)
             first.add_bias(rows, z)
             both = _for_products(both, hidden)
             z, u = both.tensor_split([len(z)])

@@ -20,13 +20,13 @@ def _like(z: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
-_forward = register("softmax_ce", fake=_rows)
-_jvp = register("softmax_ce_jvp", fake=_rows)
-_backward = register("softmax_ce_backward", fake=_like)
-_backward_jvp = register("softmax_ce_backward_jvp", fake=_like)
+_forward = register("cross_entropy", fake=_rows)
+_jvp = register("cross_entropy_jvp", fake=_rows)
+_backward = register("cross_entropy_backward", fake=_like)
+_backward_jvp = register("cross_entropy_backward_jvp", fake=_like)
 # for those who own the logits, or their changes, as linear_cross_entropy does: they write over them
-register("softmax_ce_backward_", fake=lambda *_: None, vmap=False)
-register("softmax_ce_backward_jvp_", fake=lambda *_: None, vmap=False)
+register("cross_entropy_backward_", fake=lambda *_: None, vmap=False)
+register("cross_entropy_backward_jvp_", fake=lambda *_: None, vmap=False)
 
 
 def _change_of_gradient(x: Values, c: Values, out: Values, g: Tensor, x_dot: Values, out_dot: Values, g_dot: Maybe,

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from .attention import scaled_dot_product_attention
 from .cross_entropy import cross_entropy
-from .norms import layer_norm, rms_norm
+from .layer_norm import layer_norm, rms_norm
+from .scaled_dot_product_attention import scaled_dot_product_attention
 from .swiglu import swiglu
 
 

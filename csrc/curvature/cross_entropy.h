@@ -1,4 +1,4 @@
-// softmax_ce: the cross entropy of rows of logits, with derivatives of two orders. Torch-free interface.
+// cross_entropy: the cross entropy of rows of logits, with derivatives of two orders. Torch-free interface.
 //
 // For a row z with p = softmax(z), and t = (1 - s) e_target + s / cols with the label smoothing s:
 //   loss = lse - t.z          its change along z_dot: lse_dot - t.z_dot, with lse_dot = p.z_dot
@@ -13,8 +13,8 @@
 
 namespace gradops {
 
-struct SoftmaxCeRows {    // rows x cols numbers, contiguous
-  const void *z, *z_dot;  // z_dot null: there is none
+struct CrossEntropyRows {  // rows x cols numbers, contiguous
+  const void *z, *z_dot;   // z_dot null: there is none
   Element element;
   int64_t rows, cols;
   const int64_t* target;
@@ -22,15 +22,15 @@ struct SoftmaxCeRows {    // rows x cols numbers, contiguous
   double label_smoothing;
 };
 
-struct SoftmaxCeSums : SoftmaxCeRows {
+struct CrossEntropySums : CrossEntropyRows {
   const double* known_lse;  // null: not known yet
   double *loss, *lse;       // with z_dot, their changes
 };
 
-struct SoftmaxCeGrad : SoftmaxCeRows {  // with z_dot, the gradient's change
-  const double *lse, *lse_dot, *g;      // lse_dot, g: for z_dot alone
-  const double* slope;                  // of p - t: g, or with z_dot, g_dot; null: 0
-  void* out;                            // may be z or z_dot
+struct CrossEntropyGrad : CrossEntropyRows {  // with z_dot, the gradient's change
+  const double *lse, *lse_dot, *g;            // lse_dot, g: for z_dot alone
+  const double* slope;                        // of p - t: g, or with z_dot, g_dot; null: 0
+  void* out;                                  // may be z or z_dot
 };
 
 struct SoftmaxCeHvp {
@@ -42,18 +42,18 @@ struct SoftmaxCeHvp {
 };
 
 // Rows [begin, end)
-GRADOPS_DECLARE(void, softmax_ce_sums, const SoftmaxCeSums&, int64_t begin, int64_t end)
-GRADOPS_DECLARE(void, softmax_ce_grad, const SoftmaxCeGrad&, int64_t begin, int64_t end)
+GRADOPS_DECLARE(void, cross_entropy_sums, const CrossEntropySums&, int64_t begin, int64_t end)
+GRADOPS_DECLARE(void, cross_entropy_grad, const CrossEntropyGrad&, int64_t begin, int64_t end)
 GRADOPS_DECLARE(void, softmax_ce_hvp, const SoftmaxCeHvp&, int64_t begin, int64_t end)
 
 namespace cpu {  // throw for a target outside [0, cols)
-void softmax_ce(const SoftmaxCeSums&, void* = nullptr);
-void softmax_ce_backward(const SoftmaxCeGrad&, void* = nullptr);
+void cross_entropy(const CrossEntropySums&, void* = nullptr);
+void cross_entropy_backward(const CrossEntropyGrad&, void* = nullptr);
 void softmax_ce_hvp(const SoftmaxCeHvp&, void* = nullptr);
 }  // namespace cpu
 namespace cuda {  // such a row is NaN
-void softmax_ce(const SoftmaxCeSums&, void* stream);
-void softmax_ce_backward(const SoftmaxCeGrad&, void* stream);
+void cross_entropy(const CrossEntropySums&, void* stream);
+void cross_entropy_backward(const CrossEntropyGrad&, void* stream);
 void softmax_ce_hvp(const SoftmaxCeHvp&, void* stream);
 }  // namespace cuda
 }  // namespace gradops

@@ -1,7 +1,7 @@
 // A row is read block by block, with exponents taken from the largest logit so far; sums are made in floats within a
 // block and in double over the blocks. What is written needs the exponentials once more, which costs less than their
 // way through memory would; the row is still in the cache.
-#include "curvature/softmax_ce.h"
+#include "curvature/cross_entropy.h"
 
 #include "common/exp_log.h"
 #include "common/float_vectors.h"
@@ -221,7 +221,7 @@ const T* row_of(const void* x, int64_t row, int64_t cols) {
 }
 
 template <class T>
-void sums(const SoftmaxCeSums& t, int64_t begin, int64_t end) {
+void sums(const CrossEntropySums& t, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     t.loss[r] = t.lse[r] = 0;
     const int64_t target = t.target[r];
@@ -245,7 +245,7 @@ void sums(const SoftmaxCeSums& t, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void grads(const SoftmaxCeGrad& t, int64_t begin, int64_t end) {
+void grads(const CrossEntropyGrad& t, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     T* out = static_cast<T*>(t.out) + r * t.cols;
     const int64_t target = t.target[r];
@@ -289,10 +289,10 @@ void run(const F& f) {
 
 }  // namespace
 
-void softmax_ce_sums(const SoftmaxCeSums& t, int64_t begin, int64_t end) {
+void cross_entropy_sums(const CrossEntropySums& t, int64_t begin, int64_t end) {
   with_type(t.element, [&](auto zero) { run<decltype(zero)>([&] { sums<decltype(zero)>(t, begin, end); }); });
 }
-void softmax_ce_grad(const SoftmaxCeGrad& t, int64_t begin, int64_t end) {
+void cross_entropy_grad(const CrossEntropyGrad& t, int64_t begin, int64_t end) {
   with_type(t.element, [&](auto zero) { run<decltype(zero)>([&] { grads<decltype(zero)>(t, begin, end); }); });
 }
 void softmax_ce_hvp(const SoftmaxCeHvp& t, int64_t begin, int64_t end) {

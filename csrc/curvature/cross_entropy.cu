@@ -2,7 +2,7 @@
 // the threads, then added in double in a fixed order. What is read twice comes from the second-level cache.
 #include "common/reduce.cuh"
 #include "common/row_loads.cuh"
-#include "curvature/softmax_ce.h"
+#include "curvature/cross_entropy.h"
 
 namespace gradops {
 namespace {
@@ -118,7 +118,7 @@ __device__ const T* row_of(const void* x, int64_t row, int64_t cols) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(256) sums(const SoftmaxCeSums t) {
+__global__ void __launch_bounds__(256) sums(const CrossEntropySums t) {
   __shared__ double scratch[32];
   const double s = t.label_smoothing;
   for (int64_t r = blockIdx.x; r < t.rows; r += gridDim.x) {
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(256) sums(const SoftmaxCeSums t) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(256) grads(const SoftmaxCeGrad t) {
+__global__ void __launch_bounds__(256) grads(const CrossEntropyGrad t) {
   for (int64_t r = blockIdx.x; r < t.rows; r += gridDim.x) {
     const int64_t target = t.target[r];
     const bool ignored = target == t.ignore_index, wrong = !ignored && (target < 0 || target >= t.cols);
@@ -188,10 +188,10 @@ void each_row(const Task& t, void* stream, const Kernels& kernel_of) {
 
 }  // namespace
 
-void cuda::softmax_ce(const SoftmaxCeSums& t, void* stream) {
+void cuda::cross_entropy(const CrossEntropySums& t, void* stream) {
   each_row(t, stream, [](auto zero) { return sums<decltype(zero)>; });
 }
-void cuda::softmax_ce_backward(const SoftmaxCeGrad& t, void* stream) {
+void cuda::cross_entropy_backward(const CrossEntropyGrad& t, void* stream) {
   each_row(t, stream, [](auto zero) { return grads<decltype(zero)>; });
 }
 void cuda::softmax_ce_hvp(const SoftmaxCeHvp& t, void* stream) {

@@ -1,4 +1,4 @@
-#include "curvature/softmax_ce.h"
+#include "curvature/cross_entropy.h"
 
 #include <string>
 
@@ -15,7 +15,7 @@ void each_row(const Task& t, Kernel kernel) {
   parallel_for(0, t.rows, kWork / (t.cols + 1) + 1, [&](int64_t b, int64_t e) { kernel(t, b, e); });
 }
 
-void check_targets(const SoftmaxCeRows& t) {
+void check_targets(const CrossEntropyRows& t) {
   for (int64_t r = 0; r < t.rows; ++r)
     if (t.target[r] != t.ignore_index && (t.target[r] < 0 || t.target[r] >= t.cols))
       refuse_value("target",
@@ -30,15 +30,15 @@ void prepare_output(const Task& t, const void* other) {
 
 }  // namespace
 
-void cpu::softmax_ce(const SoftmaxCeSums& t, void*) {
+void cpu::cross_entropy(const CrossEntropySums& t, void*) {
   check_targets(t);
-  each_row(t, GRADOPS_DISPATCH(softmax_ce_sums));
+  each_row(t, GRADOPS_DISPATCH(cross_entropy_sums));
 }
 
-void cpu::softmax_ce_backward(const SoftmaxCeGrad& t, void*) {
+void cpu::cross_entropy_backward(const CrossEntropyGrad& t, void*) {
   check_targets(t);
   prepare_output(t, t.z_dot);
-  each_row(t, GRADOPS_DISPATCH(softmax_ce_grad));
+  each_row(t, GRADOPS_DISPATCH(cross_entropy_grad));
 }
 
 void cpu::softmax_ce_hvp(const SoftmaxCeHvp& t, void*) {
