@@ -33,6 +33,24 @@ struct Centered {
   [[gnu::always_inline]] R operator()(R x) const { return (x - high) * scale + shift; }
 };
 
+// Compiled once, and not into every loop over rows.
+template <class R>
+[[gnu::noinline]] void widen_row(Element type, const void* from, int64_t first, int64_t n, R* to) {
+  const auto fill = [&](const auto* x) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) to[c] = widen(x[first + c]);
+  };
+  type == Element::bf16 ? fill(static_cast<const Bf16*>(from)) : fill(static_cast<const F16*>(from));
+}
+template <class R>
+[[gnu::noinline]] void narrow_row(Element type, const R* from, int64_t first, int64_t n, void* to) {
+  const auto put = [&](auto* y) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) narrow(from[c], y[first + c]);
+  };
+  type == Element::bf16 ? put(static_cast<Bf16*>(to)) : put(static_cast<F16*>(to));
+}
+
 // Rows as arrays of R: in place, or widened into a buffer.
 template <class R>
 struct Rows {
@@ -43,12 +61,7 @@ struct Rows {
     if (!base) return static_cast<const R*>(t.zeros);
     if (element_size(t.element) == sizeof(R)) return static_cast<const R*>(base) + r * t.n;
     R* to = buffer(slot);
-    const auto fill = [&](const auto* from) {
-#pragma omp simd
-      for (int64_t c = 0; c < t.n; ++c) to[c] = widen(from[c]);
-    };
-    t.element == Element::bf16 ? fill(static_cast<const Bf16*>(base) + r * t.n)
-                               : fill(static_cast<const F16*>(base) + r * t.n);
+    widen_row(t.element, base, r * t.n, t.n, to);
     return to;
   }
   // The row of results is at(c).
@@ -59,12 +72,7 @@ struct Rows {
     R* to = direct ? static_cast<R*>(t.out) + r * t.n : buffer(kLayerNormBuffers - 1);
 #pragma omp simd
     for (int64_t c = 0; c < t.n; ++c) to[c] = at(c);
-    if (direct) return;
-    const auto put = [&](auto* out) {
-#pragma omp simd
-      for (int64_t c = 0; c < t.n; ++c) narrow(to[c], out[c]);
-    };
-    t.element == Element::bf16 ? put(static_cast<Bf16*>(t.out) + r * t.n) : put(static_cast<F16*>(t.out) + r * t.n);
+    if (!direct) narrow_row(t.element, to, r * t.n, t.n, t.out);
   }
   const R* weight() const { return static_cast<const R*>(t.weight); }
   const R* weight_dot() const { return static_cast<const R*>(t.weight_dot); }
@@ -136,24 +144,47 @@ void change(const LayerNormRows& t, int64_t begin, int64_t end) {
   }
 }
 
-// Which sums over the rows are made: kSums of dweight and dbias, in this order.
+template <class R>
+[[gnu::always_inline]] inline void put_gradient(const Rows<R>& rows, int64_t r, const R* x, const R* g,
+                                                const Centered<R>& normal, const double* s) {
+  const double n = double(rows.t.n);
+  const R m = rows.t.center ? R(s[0] / n) : R(0), q = R(s[1] / n), rstd = normal.scale;
+  const R* w = rows.weight();
+  rows.write(r, [=](int64_t c) { return rstd * (g[c] * w[c] - m - normal(x[c]) * q); });
+}
+
+// Which sums over the rows are made: kSums of dweight and dbias, in this order. Long rows go in pairs: the weight and
+// these sums are then read half as often. Of short ones, a pair is two pages, and memory comes faster in order.
+constexpr int64_t kLongRow = 4096;
 template <class R, int kSums>
 void backward(const LayerNormRows& t, int64_t begin, int64_t end, R* __restrict__ dw, R* __restrict__ db) {
   const Rows<R> rows{t};
   const R* w = rows.weight();
-  const double n = double(t.n);
-  for (int64_t r = begin; r < end; ++r) {
+  double s[4];
+  int64_t r = begin;
+  for (; t.n >= kLongRow && r + 1 < end; r += 2) {
+    const R *x = rows.read(t.x, r, 0), *g = rows.read(t.g, r, 1);
+    const R *y = rows.read(t.x, r + 1, 2), *h = rows.read(t.g, r + 1, 3);
+    const Centered<R> of_x(t.stats[2 * r], t.stats[2 * r + 1]), of_y(t.stats[2 * r + 2], t.stats[2 * r + 3]);
+    add_up<R>(t.n, s, [=](int64_t c, R& s0, R& s1, R& s2, R& s3) {
+      const R v = of_x(x[c]), u = of_y(y[c]), a = g[c] * w[c], b = h[c] * w[c];
+      s0 += a, s1 += a * v, s2 += b, s3 += b * u;
+      if constexpr (kSums > 0) dw[c] += g[c] * v + h[c] * u;
+      if constexpr (kSums > 1) db[c] += g[c] + h[c];
+    });
+    put_gradient(rows, r, x, g, of_x, s);
+    put_gradient(rows, r + 1, y, h, of_y, s + 2);
+  }
+  for (; r < end; ++r) {
     const R *x = rows.read(t.x, r, 0), *g = rows.read(t.g, r, 1);
     const Centered<R> normal(t.stats[2 * r], t.stats[2 * r + 1]);
-    double s[4];
     add_up<R>(t.n, s, [=](int64_t c, R& s0, R& s1, R&, R&) {
       const R v = normal(x[c]), a = g[c] * w[c];
       s0 += a, s1 += a * v;
       if constexpr (kSums > 0) dw[c] += g[c] * v;
       if constexpr (kSums > 1) db[c] += g[c];
     });
-    const R m = t.center ? R(s[0] / n) : R(0), q = R(s[1] / n), rstd = normal.scale;
-    rows.write(r, [=](int64_t c) { return rstd * (g[c] * w[c] - m - normal(x[c]) * q); });
+    put_gradient(rows, r, x, g, normal, s);
   }
 }
 

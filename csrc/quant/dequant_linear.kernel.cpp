@@ -153,6 +153,27 @@ template <int b, int... L>
   return __builtin_convertvector(Vec<int32_t>(code & ((1u << b) - 1)), F);
 }
 
+// These know nothing of the width of codes, and so are compiled once.
+void widen_scales(const PackedWeight& w, int64_t group, int64_t col, int64_t cols, float* scale) {
+  with_type(w.scale_type, [&](auto type) {
+    const auto* from = static_cast<const decltype(type)*>(w.scales) + group * w.out + col;
+    for (int64_t c = 0; c < cols; ++c) scale[c] = float(widen(from[c]));
+  });
+  for (int64_t c = cols; c < kTile; ++c) scale[c] = 0;
+}
+void add_bias(Element type, const void* bias, int64_t first, int64_t cols, float* y) {
+  with_type(type, [&](auto zero) {
+    const auto* b = static_cast<const decltype(zero)*>(bias) + first;
+    for (int64_t c = 0; c < cols; ++c) y[c] += float(widen(b[c]));
+  });
+}
+void narrow_row(Element type, const float* from, int64_t cols, void* to, int64_t at) {
+  with_type(type, [&](auto zero) {
+    auto* y = static_cast<decltype(zero)*>(to) + at;
+    for (int64_t c = 0; c < cols; ++c) narrow(from[c], y[c]);
+  });
+}
+
 // Zero points and scales of one group, for the columns of a tile; beyond the last column, scales of 0.
 template <int b>
 void constants(const PackedWeight& w, int64_t group, int64_t col, float* zero, float* scale) {
@@ -163,14 +184,7 @@ void constants(const PackedWeight& w, int64_t group, int64_t col, float* zero, f
 #pragma GCC unroll 32
   for (int n = 0; n < kTile / kLane; ++n)
     vec_at(zero + n * kLane) = unpacked<b>(words, n, std::make_integer_sequence<int, kLane>()) + float(w.zero_offset);
-  with_type(w.scale_type, [&](auto type) {
-    using T = decltype(type);
-    const T* from = static_cast<const T*>(w.scales) + group * w.out + col;
-    if (cols == kTile)
-      for (int64_t c = 0; c < kTile; ++c) scale[c] = float(widen(from[c]));
-    else
-      for (int64_t c = 0; c < kTile; ++c) scale[c] = c < cols ? float(widen(from[c])) : 0.f;
-  });
+  widen_scales(w, group, col, cols, scale);
 }
 
 struct Scratch {
@@ -261,20 +275,11 @@ void dequant_linear_tiles(const DequantLinearTask& t, const DequantPlan& plan, i
         }
       }
       const int64_t cols = w.out - first < width ? w.out - first : width;
-      with_type(t.type, [&](auto type) {
-        using T = decltype(type);
-        with_type(t.bias_type, [&](auto bias_type) {
-          const auto* bias = static_cast<const decltype(bias_type)*>(t.bias);
-          for (int64_t r = 0; r < rows; ++r) {
-            T* to = static_cast<T*>(t.y) + (row + r) * w.out + first;
-            const float* y = scratch.y + r * width;
-            if (bias)
-              for (int64_t c = 0; c < cols; ++c) narrow(y[c] + float(widen(bias[first + c])), to[c]);
-            else
-              for (int64_t c = 0; c < cols; ++c) narrow(y[c], to[c]);
-          }
-        });
-      });
+      for (int64_t r = 0; r < rows; ++r) {
+        float* y = scratch.y + r * width;
+        if (t.bias) add_bias(t.bias_type, t.bias, first, cols, y);
+        narrow_row(t.type, y, cols, t.y, (row + r) * w.out + first);
+      }
     }
   });
 }
@@ -301,10 +306,7 @@ void dequant_weight_tiles(const DequantWeightTask& t, const int32_t* group, int6
             if (high) code |= high[c] << (32 - shift);
             scratch.y[c] = scale[c] * (float(int32_t(code & ((1u << b) - 1))) - zero[c]);
           }
-          with_type(t.type, [&](auto type) {
-            auto* to = static_cast<decltype(type)*>(t.to) + input * w.out + col;
-            for (int64_t c = 0; c < cols; ++c) narrow(scratch.y[c], to[c]);
-          });
+          narrow_row(t.type, scratch.y, cols, t.to, input * w.out + col);
         }
       }
     }

@@ -13,6 +13,7 @@ namespace {
 
 template <class C>
 struct Tile {
+  alignas(64) C widened[kTile];  // log-probabilities, where they are 16-bit numbers
   alignas(64) C log_ratio[kTile], logp[kTile], advantage[kTile], weight[kTile], u[kTile];  // u: ref_logp - logp
   // The ratio of a whole sequence, once per token: the compiler would split a loop with an invariant in comparisons,
   // and then not vectorize it.
@@ -21,10 +22,9 @@ struct Tile {
 };
 
 // The tokens of one sequence.
-template <class T>
+template <class C>
 struct Sequence {
-  using C = Arithmetic<T>;
-  const T* logp;
+  const void* logp;
   const C *old_logp, *advantage, *ref_logp, *weight;  // null: absent, or in `one_...`
   const uint8_t* mask;
   C* dlogp;
@@ -35,7 +35,7 @@ struct Sequence {
     const int64_t begin = t.offsets ? t.offsets[s] : s * t.length;
     const auto at = [=](const void* p) { return p ? static_cast<const C*>(p) + begin : nullptr; };
     length = t.offsets ? t.offsets[s + 1] - begin : t.length;
-    logp = static_cast<const T*>(t.logp) + begin;
+    logp = static_cast<const char*>(t.logp) + begin * element_size(t.element);
     old_logp = at(t.old_logp);
     ref_logp = at(t.ref_logp);
     advantage = t.token_advantages ? at(t.advantages) : nullptr;
@@ -48,20 +48,31 @@ struct Sequence {
 };
 
 // The loops over a tile are functions of their own: compiled once for each of their kinds, not of `sequence`'s.
-template <class T, class C>
-[[gnu::noinline]] void gather_log_ratio(const Sequence<T>& q, int64_t at, int n, Tile<C>& tile) {
-  const T* logp = q.logp + at;
+template <class C>
+[[gnu::noinline]] const C* log_probabilities(Element type, const void* logp, int64_t at, int n, Tile<C>& tile) {
+  const C* found = nullptr;
+  with_type(type, [&](auto zero) {
+    const auto* from = static_cast<const decltype(zero)*>(logp) + at;
+    if constexpr (sizeof *from == 2)
+      for (int i = 0; i < n; ++i) tile.widened[i] = C(widen(from[i]));
+    else if constexpr (sizeof *from == sizeof(C))
+      found = from;
+  });
+  return found ? found : tile.widened;
+}
+
+template <class C>
+[[gnu::noinline]] void gather_log_ratio(const Sequence<C>& q, const C* logp, int64_t at, int n, Tile<C>& tile) {
   const C* old_logp = q.old_logp + (q.old_logp ? at : 0);
   const uint8_t* mask = q.mask ? q.mask + at : nullptr;
   if (old_logp)
-    gather(tile.log_ratio, mask, n, [=](int i) { return C(widen(logp[i])) - old_logp[i]; });
+    gather(tile.log_ratio, mask, n, [=](int i) { return logp[i] - old_logp[i]; });
   else
     gather(tile.log_ratio, mask, n, [=](int) { return C(0); });
 }
 
-template <PolicyObjective kObjective, class T, class C>
-[[gnu::noinline]] void gather_rest(const Sequence<T>& q, int64_t at, int n, Tile<C>& tile) {
-  const T* logp = q.logp + at;
+template <PolicyObjective kObjective, class C>
+[[gnu::noinline]] void gather_rest(const Sequence<C>& q, const C* logp, int64_t at, int n, Tile<C>& tile) {
   const C *advantage = q.advantage + (q.advantage ? at : 0), *weight = q.weight + (q.weight ? at : 0),
           *ref_logp = q.ref_logp + (q.ref_logp ? at : 0);
   const uint8_t* mask = q.mask ? q.mask + at : nullptr;
@@ -77,8 +88,8 @@ template <PolicyObjective kObjective, class T, class C>
     gather(tile.advantage, mask, n, [=](int) { return one_advantage; });
   if (apart && weight) gather(tile.weight, mask, n, [=](int i) { return weight[i]; });
   if (apart && !weight) gather(tile.weight, mask, n, [=](int) { return one_weight; });
-  if (!has_ratio_slope<kObjective>) gather(tile.logp, mask, n, [=](int i) { return C(widen(logp[i])); });
-  if (ref_logp) gather(tile.u, mask, n, [=](int i) { return ref_logp[i] - C(widen(logp[i])); });
+  if (!has_ratio_slope<kObjective>) gather(tile.logp, mask, n, [=](int i) { return logp[i]; });
+  if (ref_logp) gather(tile.u, mask, n, [=](int i) { return ref_logp[i] - logp[i]; });
 }
 
 // Losses, slopes and statistics of a tile; the ratio is that of each token, or the sequence's.
@@ -125,10 +136,9 @@ template <class C>
   }
 }
 
-template <PolicyObjective kObjective, bool kShared, class T>
+template <PolicyObjective kObjective, bool kShared, class C>
 void sequence(const PolicyLossTask& t, int64_t s, double* sums) {
-  using C = typename Sequence<T>::C;
-  const Sequence<T> q(t, s);
+  const Sequence<C> q(t, s);
   for (int k = 0; k < kPolicySums; ++k) sums[k] = 0;
   const int64_t count = count_tokens(q.mask, q.length);
   if (count == 0) {
@@ -141,7 +151,7 @@ void sequence(const PolicyLossTask& t, int64_t s, double* sums) {
   if (kShared) {
     double log_ratio = 0;
     each_tile(q.length, [&](int64_t at, int n, int full) {
-      gather_log_ratio(q, at, n, tile);
+      gather_log_ratio(q, log_probabilities(t.element, q.logp, at, n, tile), at, n, tile);
       log_ratio += tile_sum(tile.log_ratio, full);
     });
     if (t.rule.level == PolicyLevel::geometric) log_ratio /= double(count);
@@ -159,8 +169,9 @@ void sequence(const PolicyLossTask& t, int64_t s, double* sums) {
       for (int i = 0; i < n; ++i) q.dlogp[at + i] = C(0);
       return;
     }
-    gather_log_ratio(q, at, n, tile);
-    gather_rest<kObjective>(q, at, n, tile);
+    const C* logp = log_probabilities(t.element, q.logp, at, n, tile);
+    gather_log_ratio(q, logp, at, n, tile);
+    gather_rest<kObjective>(q, logp, at, n, tile);
     evaluate<kObjective, kShared>(tile, full, rule);
     if (common_slope) slope += tile_sum(tile.slope, full);
     if (q.ref_logp) {
@@ -188,30 +199,31 @@ void sequence(const PolicyLossTask& t, int64_t s, double* sums) {
   }
 }
 
-template <PolicyObjective kObjective, class T>
+template <PolicyObjective kObjective>
 void sequences(const PolicyLossTask& t, int64_t begin, int64_t end, double* sums) {
-  const auto run = t.rule.level == PolicyLevel::token ? sequence<kObjective, false, T> : sequence<kObjective, true, T>;
+  const bool token = t.rule.level == PolicyLevel::token;
+  const auto run = t.element == Element::f64
+                       ? token ? sequence<kObjective, false, double> : sequence<kObjective, true, double>
+                   : token ? sequence<kObjective, false, float>
+                           : sequence<kObjective, true, float>;
   for (int64_t s = begin; s < end; ++s) run(t, s, sums + s * kPolicySums);
 }
 
 }  // namespace
 
 void policy_loss_sequences(const PolicyLossTask& t, int64_t begin, int64_t end, double* sums) {
-  with_type(t.element, [&](auto zero) {
-    using T = decltype(zero);
-    switch (t.rule.objective) {
-      case PolicyObjective::clip:
-        return sequences<PolicyObjective::clip, T>(t, begin, end, sums);
-      case PolicyObjective::weight:
-        return sequences<PolicyObjective::weight, T>(t, begin, end, sums);
-      case PolicyObjective::masked_weight:
-        return sequences<PolicyObjective::masked_weight, T>(t, begin, end, sums);
-      case PolicyObjective::gate:
-        return sequences<PolicyObjective::gate, T>(t, begin, end, sums);
-      case PolicyObjective::logp:
-        return sequences<PolicyObjective::logp, T>(t, begin, end, sums);
-    }
-  });
+  switch (t.rule.objective) {
+    case PolicyObjective::clip:
+      return sequences<PolicyObjective::clip>(t, begin, end, sums);
+    case PolicyObjective::weight:
+      return sequences<PolicyObjective::weight>(t, begin, end, sums);
+    case PolicyObjective::masked_weight:
+      return sequences<PolicyObjective::masked_weight>(t, begin, end, sums);
+    case PolicyObjective::gate:
+      return sequences<PolicyObjective::gate>(t, begin, end, sums);
+    case PolicyObjective::logp:
+      return sequences<PolicyObjective::logp>(t, begin, end, sums);
+  }
 }
 
 }  // namespace gradops::GRADOPS_ISA
