@@ -36,9 +36,17 @@ inline void load_even_odd(const char* p, long count, __m512& even, __m512& odd) 
   }
 }
 
+template <int N, Element E>
+inline void as_parts(__m512& even, __m512& odd) {
+  if (N == 2 || E == Element::bf16) return;
+  const __m512i rounded = round_to_bf16(even, odd);
+  even = even_float(rounded), odd = odd_float(rounded);
+}
+
 // Of 32 rows from `row` on: in float, row by row, when that can neither overflow nor underflow,
-// otherwise in double, where squares of float and bf16 numbers always fit.
-template <Element E>
+// otherwise in double, where squares of float and bf16 numbers always fit. Of the numbers as a block of N parts has
+// them: what rounding does to the norm is then no error of the result.
+template <int N, Element E>
 double sum_of_squares(const Matrix& x, long row) {
   const long end = row + 32 < x.rows ? row + 32 : x.rows;
   __m512 even, odd;
@@ -47,11 +55,13 @@ double sum_of_squares(const Matrix& x, long row) {
     __m512 s0 = _mm512_setzero_ps(), s1 = s0;
     for (long c = 0; c < x.cols; c += 32) {
       load_even_odd<E>(x.at<E>(r, c), x.cols - c, even, odd);
+      as_parts<N, E>(even, odd);
       s0 = _mm512_fmadd_ps(even, even, s0), s1 = _mm512_fmadd_ps(odd, odd, s1);
     }
     total += _mm512_reduce_add_ps(_mm512_add_ps(s0, s1));
   }
   if (total > 1e-18 && total < 1e37) return total;
+  const float power = total < 1 ? 0x1p64f : 0x1p-64f;  // neither overflow nor denormals when these are rounded
   __m512d sum = _mm512_setzero_pd();
   const auto add = [&sum](__m256 h) GRADOPS_INLINE {
     const __m512d d = _mm512_cvtps_pd(h);
@@ -60,23 +70,26 @@ double sum_of_squares(const Matrix& x, long row) {
   for (long r = row; r < end; ++r)
     for (long c = 0; c < x.cols; c += 32) {
       load_even_odd<E>(x.at<E>(r, c), x.cols - c, even, odd);
+      even = _mm512_mul_ps(even, _mm512_set1_ps(power)), odd = _mm512_mul_ps(odd, _mm512_set1_ps(power));
+      as_parts<N, E>(even, odd);
       add(_mm512_castps512_ps256(even)), add(_mm512_extractf32x8_ps(even, 1));
       add(_mm512_castps512_ps256(odd)), add(_mm512_extractf32x8_ps(odd, 1));
     }
-  return _mm512_reduce_add_pd(sum);
+  return _mm512_reduce_add_pd(sum) / (double(power) * power);
 }
 
-// 1 / norm may exceed float: two factors, the first a power of two.
+// 1 / norm as a power of two, which rounds nothing and is two factors since it may exceed float, and the rest.
 struct Scale {
   __m512 first, second;
-  // squares: the sum over the matrix. Zeros are multiplied by zero. NaN and infinity make all NaN.
+  double rest;  // in [0.5, 1)
+  // squares: the sum over the matrix. The rest of a matrix of zeros is zero, of NaN or infinity NaN.
   Scale(double squares, bool normalize) {
-    double inverse = !isfinite(squares) ? NAN : !normalize ? 1 : squares > 0 ? 1 / sqrt(squares) : 0;
+    const double inverse = !isfinite(squares) ? NAN : !normalize ? 1 : squares > 0 ? 1 / sqrt(squares) : 0;
     int e = 0;
-    if (isfinite(inverse)) frexp(inverse, &e);
-    e = e > 100 ? 100 : e < -100 ? -100 : e;
-    first = _mm512_set1_ps(float(ldexp(1, e)));
-    second = _mm512_set1_ps(float(ldexp(inverse, -e)));
+    rest = isfinite(inverse) ? frexp(inverse, &e) : NAN;
+    const int part = e > 100 ? 100 : e < -100 ? -100 : e;
+    first = _mm512_set1_ps(float(ldexp(1, part)));
+    second = _mm512_set1_ps(float(ldexp(1, e - part)));
   }
   __m512 operator()(__m512 x) const { return _mm512_mul_ps(_mm512_mul_ps(x, first), second); }
 };

@@ -6,6 +6,11 @@
 // update) are made panel by panel, in the scratch memory of the thread. The symmetric A is kept in
 // both forms, B in R form; only their blocks on and below the diagonal are computed, the others are
 // mirrored. The conversions of a finished block run during the products of the next one.
+//
+// The diagonals of A and B stay float, outside their blocks: with A = D + A~, A^2 = A~^2 + D A~ + A~ D + D^2 and
+// B X = B~ X + diag(B) X. Where singular values are alike, A and B are little else, and bf16 would hold them with
+// errors larger than all of A~; it halves the error of X elsewhere. Nor does X start with an error of rounding more
+// than its numbers had: it is scaled by a power of two, and the first polynomial by the rest.
 #include "linalg/newton_schulz.h"
 
 #include "common/bf16_multiply.h"
@@ -19,12 +24,14 @@ bool is_tall(const NewtonSchulzTask& t) { return t.rows > t.cols; }
 template <int N>
 struct Workspace {
   static constexpr long kBlock = N * kPart;
-  long S, L;        // blocks along the short and along the long side
-  char* x;          // S x L blocks, R form
-  char* a_r;        // S x S, R form
-  char* a_v;        // S x S, V form, column-major
-  char* b;          // S x S, R form
-  double* squares;  // sums of squares of 32 rows of the input each
+  long S, L;          // blocks along the short and along the long side
+  char* x;            // S x L blocks, R form
+  char* a_r;          // S x S, R form
+  char* a_v;          // S x S, V form, column-major
+  char* b;            // S x S, R form
+  float* a_diagonal;  // of every block, even places, then odd ones
+  float* b_diagonal;  // the same of a I + B
+  double* squares;    // sums of squares of 32 rows of the input each
 
   Workspace(const NewtonSchulzTask& t, char* memory) {
     const long R = (t.rows + 31) / 32, C = (t.cols + 31) / 32;
@@ -33,7 +40,8 @@ struct Workspace {
     a_r = x + S * L * kBlock;
     a_v = a_r + S * S * kBlock;
     b = a_v + S * S * kBlock;
-    squares = reinterpret_cast<double*>(b + S * S * kBlock);
+    a_diagonal = reinterpret_cast<float*>(b + S * S * kBlock), b_diagonal = a_diagonal + 32 * S;
+    squares = reinterpret_cast<double*>(b_diagonal + 32 * S);
     end = reinterpret_cast<char*>(squares + R);
   }
   char* end;
@@ -41,6 +49,12 @@ struct Workspace {
   char* a_r_at(long i, long j) const { return a_r + (i * S + j) * kBlock; }
   char* a_v_at(long i, long j) const { return a_v + (j * S + i) * kBlock; }
   char* b_at(long i, long j) const { return b + (i * S + j) * kBlock; }
+
+  Scale scale(const NewtonSchulzTask& t) const {
+    double sum = 0;
+    for (long r = 0; r < (t.rows + 31) / 32; ++r) sum += squares[r];
+    return Scale(sum, t.normalize);
+  }
 
   // Panels per group: a row of left blocks is read once per group. One while everything fits in L2.
   long group() const { return kBlock * (S * L + 3 * S * S) > (2 << 20) ? kPanelsBeyondL2 : 1; }
@@ -72,6 +86,9 @@ inline void lower_blocks(long S, long G, long begin, long end, F f) {
         if (unit >= begin && unit < end) f(i, j);
 }
 
+// Of the even numbers of row 2 u of a block and the odd ones of row 2 u + 1, those that are not on a diagonal.
+inline __mmask16 off_diagonal(const float* diagonal, long u) { return __mmask16(diagonal ? ~(1u << u) : ~0u); }
+
 // The three products of a step. An epilogue is a lambda that holds its pointers by value: reloading
 // them after each store would cost 15 %.
 
@@ -82,11 +99,14 @@ void gram(const Workspace<N>& w, const Scratch<N>& s, long begin, long end) {
   long now = 0, units = 0, pi = 0, pj = 0, ready = -1;
   const auto epilogue = [=](long i, long j, const float* sums) GRADOPS_INLINE {
     char *r = w.a_r_at(i, j), *v = w.a_v_at(i, j), *r_mirror = w.a_r_at(j, i), *v_mirror = w.a_v_at(j, i);
+    float* diagonal = i == j ? w.a_diagonal + 32 * i : nullptr;
     return [=](long u) GRADOPS_INLINE {
       if (u < kPairs) {
         const float* at = sums + 64 * u;
-        const Row<N> r0 = to_row<N>(_mm512_load_ps(at), _mm512_load_ps(at + 16));
-        const Row<N> r1 = to_row<N>(_mm512_load_ps(at + 32), _mm512_load_ps(at + 48));
+        if (diagonal) diagonal[u] = at[u], diagonal[16 + u] = at[48 + u];
+        const __mmask16 off = off_diagonal(diagonal, u);
+        const Row<N> r0 = to_row<N>(_mm512_maskz_load_ps(off, at), _mm512_load_ps(at + 16));
+        const Row<N> r1 = to_row<N>(_mm512_load_ps(at + 32), _mm512_maskz_load_ps(off, at + 48));
         store_row(r + 128 * u, r0);
         store_row(r + 128 * u + 64, r1);
         rows_to_vnni<N>(r0, r1, v, u);
@@ -114,23 +134,33 @@ void gram(const Workspace<N>& w, const Scratch<N>& s, long begin, long end) {
   for (long u = 0; u < units; ++u) last(u);
 }
 
-// B = b A + c A A, in R form. Units as above.
+// B = b A + c A A, in R form, and the diagonal of lead I + B. Units as above.
 template <int N>
-void polynomial(const Workspace<N>& w, const Scratch<N>& s, float b, float c, long begin, long end) {
-  const __m512 vb = _mm512_set1_ps(b), vc = _mm512_set1_ps(c);
+void polynomial(const Workspace<N>& w, const Scratch<N>& s, float lead, float b, float c, long begin, long end) {
+  const __m512 vc = _mm512_set1_ps(c);
   long now = 0, units = 0, pi = 0, pj = 0;
   const auto epilogue = [=, v = s.tmp](long i, long j, const float* sums) GRADOPS_INLINE {
     const char* a = w.a_r_at(i, j);
     char *r = w.b_at(i, j), *r_mirror = w.b_at(j, i);
+    const float *rows = w.a_diagonal + 32 * i, *columns = w.a_diagonal + 32 * j;
+    float* diagonal = i == j ? w.b_diagonal + 32 * i : nullptr;
     return [=](long u) GRADOPS_INLINE {
-      const auto row = [=](const char* at, const float* aa) GRADOPS_INLINE {
+      const auto row = [=](const char* at, const float* aa, float d, __mmask16 even, __mmask16 odd) GRADOPS_INLINE {
         const Row<N> x = load_row<N>(at);
-        return to_row<N>(_mm512_fmadd_ps(vc, _mm512_load_ps(aa), _mm512_mul_ps(vb, even_float(x))),
-                         _mm512_fmadd_ps(vc, _mm512_load_ps(aa + 16), _mm512_mul_ps(vb, odd_float(x))));
+        const __m512 own = _mm512_set1_ps(b + c * d);
+        const __m512 e = _mm512_fmadd_ps(vc, _mm512_load_ps(columns), own);
+        const __m512 o = _mm512_fmadd_ps(vc, _mm512_load_ps(columns + 16), own);
+        return to_row<N>(_mm512_fmadd_ps(vc, _mm512_maskz_load_ps(even, aa), _mm512_mul_ps(e, even_float(x))),
+                         _mm512_fmadd_ps(vc, _mm512_maskz_load_ps(odd, aa + 16), _mm512_mul_ps(o, odd_float(x))));
       };
       if (u < kPairs) {
-        const float* aa = sums + 64 * u;
-        const Row<N> r0 = row(a + 128 * u, aa), r1 = row(a + 128 * u + 64, aa + 32);
+        const float *aa = sums + 64 * u, d0 = rows[u], d1 = rows[16 + u];
+        const __mmask16 off = off_diagonal(diagonal, u), all = __mmask16(~0u);
+        if (diagonal) {
+          diagonal[u] = lead + (c * aa[u] + (b + c * d0) * d0);
+          diagonal[16 + u] = lead + (c * aa[48 + u] + (b + c * d1) * d1);
+        }
+        const Row<N> r0 = row(a + 128 * u, aa, d0, off, all), r1 = row(a + 128 * u + 64, aa + 32, d1, all, off);
         store_row(r + 128 * u, r0);
         store_row(r + 128 * u + 64, r1);
         rows_to_vnni<N>(r0, r1, v, u);
@@ -148,22 +178,23 @@ void polynomial(const Workspace<N>& w, const Scratch<N>& s, float b, float c, lo
   for (long u = 0; u < units; ++u) last(u);
 }
 
-// X = a X + B X, in place. Units: columns of blocks.
+// X = a X + B X, in place, where the diagonal of B has a. Units: columns of blocks.
 template <int N>
-void update(const Workspace<N>& w, const Scratch<N>& s, float a, long begin, long end) {
+void update(const Workspace<N>& w, const Scratch<N>& s, long begin, long end) {
   const long S = w.S, G = w.group();
-  const __m512 va = _mm512_set1_ps(a);
   long now = 0, units = 0;
   char* before = nullptr;
-  const auto epilogue = [=](char* x, const float* sums) GRADOPS_INLINE {
+  const float* diagonal = nullptr;
+  const auto epilogue = [=](char* x, const float* diagonal, const float* sums) GRADOPS_INLINE {
     return [=](long u) GRADOPS_INLINE {
-      const auto row = [=](char* at, const float* bx) GRADOPS_INLINE {
+      const auto row = [=](char* at, float d, const float* bx) GRADOPS_INLINE {
         const Row<N> v = load_row<N>(at);
-        store_row(at, to_row<N>(_mm512_fmadd_ps(va, even_float(v), _mm512_load_ps(bx)),
-                                _mm512_fmadd_ps(va, odd_float(v), _mm512_load_ps(bx + 16))));
+        const __m512 own = _mm512_set1_ps(d);
+        store_row(at, to_row<N>(_mm512_fmadd_ps(own, even_float(v), _mm512_load_ps(bx)),
+                                _mm512_fmadd_ps(own, odd_float(v), _mm512_load_ps(bx + 16))));
       };
-      row(x + 128 * u, sums + 64 * u);
-      row(x + 128 * u + 64, sums + 64 * u + 32);
+      row(x + 128 * u, diagonal[u], sums + 64 * u);
+      row(x + 128 * u + 64, diagonal[16 + u], sums + 64 * u + 32);
     };
   };
   for (long q0 = begin; q0 < end; q0 += G) {
@@ -174,11 +205,11 @@ void update(const Workspace<N>& w, const Scratch<N>& s, float a, long begin, lon
         for (long u = 0; u < kPairs; ++u) rows_to_vnni<N>(w.x_at(p, q), panel(q) + p * w.kBlock, u);
     for (long i = 0; i < S; ++i)
       for (long q = q0; q < q1; ++q) {
-        multiply<N>(w.b_at(i, 0), panel(q), S, s.sums[now], units, epilogue(before, s.sums[1 - now]));
-        before = w.x_at(i, q), units = kPairs, now = 1 - now;
+        multiply<N>(w.b_at(i, 0), panel(q), S, s.sums[now], units, epilogue(before, diagonal, s.sums[1 - now]));
+        before = w.x_at(i, q), diagonal = w.b_diagonal + 32 * i, units = kPairs, now = 1 - now;
       }
   }
-  const auto last = epilogue(before, s.sums[1 - now]);
+  const auto last = epilogue(before, diagonal, s.sums[1 - now]);
   for (long u = 0; u < units; ++u) last(u);
 }
 
@@ -212,23 +243,24 @@ void run_step(const NewtonSchulzTask& t, char* workspace, char* scratch, int pha
   const Workspace<N> w(t, workspace);
   const Scratch<N> s(w, scratch);
   const int step = (phase - kSteps) / 3;
-  const float a = float(t.steps->a[step]), b = float(t.steps->b[step]), c = float(t.steps->c[step]);
+  const double scale = step == 0 ? w.scale(t).rest : 1, square = scale * scale;
+  const float a = float(t.steps->a[step] * scale), b = float(t.steps->b[step] * (scale * square)),
+              c = float(t.steps->c[step] * (scale * square * square));
   switch ((phase - kSteps) % 3) {
     case 0:
       return gram(w, s, begin, end);
     case 1:
-      return polynomial(w, s, b, c, begin, end);
+      return polynomial(w, s, a, b, c, begin, end);
     default:
-      return update(w, s, a, begin, end);
+      return update(w, s, begin, end);
   }
 }
 
 template <int N, Element E>
 void pack(const NewtonSchulzTask& t, const Workspace<N>& w, const Scratch<N>& s, long begin, long end) {
   const Matrix x{const_cast<char*>(static_cast<const char*>(t.in)), t.rows, t.cols};
-  double squares = 0;
-  for (long r = 0; r < x.row_tiles(); ++r) squares += w.squares[r];
-  const Scale scale(squares, t.normalize);
+  Scale scale = w.scale(t);
+  if (t.steps->steps == 0) scale.second = _mm512_mul_ps(scale.second, _mm512_set1_ps(float(scale.rest)));
   for (long unit = begin; unit < end; ++unit) {
     const long i = unit / x.col_tiles(), p = unit % x.col_tiles();
     if (is_tall(t)) {
@@ -260,7 +292,7 @@ void run_outside_steps(const NewtonSchulzTask& t, char* workspace, char* scratch
   const Scratch<N> s(w, scratch);
   if (phase == kNorm) {
     const Matrix x{const_cast<char*>(static_cast<const char*>(t.in)), t.rows, t.cols};
-    for (long r = begin; r < end; ++r) w.squares[r] = sum_of_squares<E>(x, 32 * r);
+    for (long r = begin; r < end; ++r) w.squares[r] = sum_of_squares<N, E>(x, 32 * r);
   } else if (phase == kPack) {
     pack<N, E>(t, w, s, begin, end);
   } else {
