@@ -8,8 +8,8 @@ from gradops import linalg
 
 from ..harness import Case, Settings, relative_error
 
-# Samples, tokens (0: none), inputs, outputs. The second and the third go by token pairs, the last by sample blocks.
-SHAPES = [(128, 0, 3072, 300), (64, 8, 512, 512), (128, 16, 256, 512), (32, 256, 256, 256)]
+# Samples, tokens (0: none), inputs, outputs. The second and the third go by token pairs, the last two by sample blocks.
+SHAPES = [(128, 0, 3072, 300), (64, 8, 512, 512), (128, 16, 256, 512), (32, 256, 256, 256), (8, 1024, 512, 512)]
 
 
 def cases(settings: Settings) -> Iterator[Case]:

@@ -29,7 +29,6 @@ struct Spread {
 };
 
 constexpr long kPanelsBeyondL2 = 8;     // of the right operand, for one pass over the left one
-constexpr long kTermsPerAddition = 32;  // products that are summed before they are added to the sums so far
 
 // Tiles 0 .. 3 are the result (upper even, upper odd, lower even, lower odd), 4 and 5 the left
 // operand, 6 and 7 the right one.
@@ -81,7 +80,6 @@ GRADOPS_INLINE inline void multiply(const char* left, const char* right, long n,
 // vdpbf16ps reads the same layouts: a dword of a row of the left block, broadcast, times a row of
 // each right tile. Eight rows at a time: 16 sums, and fewer than two loads for every three products.
 constexpr long kPanelsBeyondL2 = 4;  // of the right operand, for one pass over the left one
-constexpr long kTermsPerAddition = 2;
 constexpr int kRows = 8;
 using Sums = __m512[kRows][2];
 
@@ -131,12 +129,15 @@ GRADOPS_INLINE inline void multiply(const char* left, const char* right, long n,
       Sums sums;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
-        for (int h = 0; h < 2; ++h) sums[r][h] = p0 == 0 ? _mm512_setzero_ps() : _mm512_load_ps(rows + 32 * r + 16 * h);
+        for (int h = 0; h < 2; ++h) sums[r][h] = _mm512_setzero_ps();
       for (long p = p0; p < p1; ++p)
         multiply_rows<N>(left + p * N * kPart + g * kRows * 64, right + p * N * kPart, sums);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
-        for (int h = 0; h < 2; ++h) _mm512_store_ps(rows + 32 * r + 16 * h, sums[r][h]);
+        for (int h = 0; h < 2; ++h) {
+          float* to = rows + 32 * r + 16 * h;
+          _mm512_store_ps(to, p0 == 0 ? sums[r][h] : _mm512_add_ps(_mm512_load_ps(to), sums[r][h]));
+        }
     }
   }
 }

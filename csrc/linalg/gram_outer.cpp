@@ -113,9 +113,9 @@ struct Parts {
     while (side > 16 && side * side * t.samples > kRoom) side /= 2;
     rows = layer.p < side ? layer.p : side;
     cols = layer.d < side ? layer.d : side;
-    across = up(layer.d, cols);
+    across = cols ? up(layer.d, cols) : 1;
     count = up(layer.p, rows) * across;
-    size = GRADOPS_DISPATCH(gram_outer_part_size)(rows, cols);
+    size = GRADOPS_DISPATCH(gram_outer_part_size)(rows, cols, layer.bias);
     const int64_t groups = up(t.samples, kGramGroup), group = t.samples < kGramGroup ? t.samples : kGramGroup;
     pairs = groups * (groups + 1) / 2;
     slice = up(size, pairs < kGramPieces ? kGramPieces / pairs : 1);
@@ -155,8 +155,8 @@ void cpu::gram_outer_blocks(const GramOuterTask& t, void* workspace) {
   for (int64_t n = 0; n < p.count; ++n) {
     const int64_t row = n / p.across * p.rows, col = n % p.across * p.cols;
     const OuterPart part{row, layer.p - row < p.rows ? layer.p - row : p.rows, col,
-                         layer.d - col < p.cols ? layer.d - col : p.cols};
-    const int64_t size = part_size(part.rows, part.cols);
+                         layer.d - col < p.cols ? layer.d - col : p.cols, layer.bias && col == 0};
+    const int64_t size = part_size(part.rows, part.cols, part.bias);
     parallel_for(0, t.samples, 1, [&](int64_t first, int64_t last) {
       double* const packed = reinterpret_cast<double*>(thread_scratch(p.packed));
       for (int64_t a = first; a < last; ++a) form(layer, a, part, packed, gradients + a * size);

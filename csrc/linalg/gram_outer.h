@@ -31,19 +31,20 @@ struct OuterPairs {
 };
 GRADOPS_DECLARE(void, gram_outer_contract, const OuterPairs&, const void* x, void* g, double* out)
 
-// A part of the gradient of one sample's weight, rows [row, row + rows) and columns [col, col + cols), to a run of
-// gram_outer_part_size(rows, cols) doubles, in an order of its own. packed: gram_outer_packed_size(rows, cols) doubles.
+// A part of the gradient of one sample's weight, rows [row, row + rows) and columns [col, col + cols), and of those rows
+// of its bias, to a run of gram_outer_part_size doubles, in an order of its own. packed: gram_outer_packed_size doubles.
 struct OuterPart {
   int64_t row, rows, col, cols;
+  bool bias;
 };
-GRADOPS_DECLARE(int64_t, gram_outer_part_size, int64_t rows, int64_t cols)
+GRADOPS_DECLARE(int64_t, gram_outer_part_size, int64_t rows, int64_t cols, bool bias)
 GRADOPS_DECLARE(int64_t, gram_outer_packed_size, int64_t rows, int64_t cols)
 GRADOPS_DECLARE(void, gram_outer_part, const OuterLayer&, int64_t sample, const OuterPart&, double* packed, double* to)
 
 namespace cpu {
 void gram_outer(const GramOuterTask&, void* workspace, void* = nullptr);  // by token pairs
 int64_t gram_outer_workspace(const GramOuterTask&);                       // bytes
-void gram_outer_blocks(const GramOuterTask&, void* workspace);            // one layer, without its bias
+void gram_outer_blocks(const GramOuterTask&, void* workspace);            // one layer
 int64_t gram_outer_blocks_workspace(const GramOuterTask&);
 }  // namespace cpu
 namespace cuda {

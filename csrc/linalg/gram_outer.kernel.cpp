@@ -23,17 +23,21 @@ void rows_of(const Panels<double>& x, const Panels<double>& g, int64_t row, int6
 }
 
 // Columns [col, col + to.cols) of rows [0, to.rows) of a matrix, widened; the last vectors are filled up with zeros.
+// A panel at a time: side by side, the same row of all panels would have one place in the L1 cache.
 template <class S>
 void pack(const S* from, int64_t stride, int64_t col, const Panels<double>& to) {
-  const int64_t whole = to.cols / P * P;
-  for (int64_t r = 0; r < to.rows; ++r) {
-    const S* in = from + r * stride + col;
-    double* out = to.at(r, 0);
-    for (int64_t c = 0; c < whole; c += P, out += to.rows * P)
+  double* out = to.data;
+  for (int64_t c = 0; c < to.cols; c += P) {
+    const S* in = from + col + c;
+    const int64_t count = to.cols - c;
+    if (count >= P) {
+      for (int64_t r = 0; r < to.rows; ++r, in += stride, out += P)
 #pragma omp simd
-      for (int e = 0; e < P; ++e) out[e] = widen(in[c + e]);
-    if (whole < to.cols)
-      for (int64_t e = 0; e < P; ++e) out[e] = whole + e < to.cols ? double(widen(in[whole + e])) : 0.;
+        for (int e = 0; e < P; ++e) out[e] = widen(in[e]);
+    } else {
+      for (int64_t r = 0; r < to.rows; ++r, in += stride, out += P)
+        for (int64_t e = 0; e < P; ++e) out[e] = e < count ? double(widen(in[e])) : 0.;
+    }
   }
 }
 
@@ -63,12 +67,15 @@ void gram_outer_contract(const OuterPairs& t, const void* x_sums, void* g_sums, 
   }
 }
 
-int64_t gram_outer_part_size(int64_t rows, int64_t cols) { return panels(cols) * rows * P; }
+int64_t gram_outer_part_size(int64_t rows, int64_t cols, bool bias) {
+  return (panels(cols) * rows + (bias ? panels(rows) : 0)) * P;
+}
 int64_t gram_outer_packed_size(int64_t rows, int64_t cols) { return (panels(rows) + panels(cols)) * P * kTokens; }
 
 void gram_outer_part(const OuterLayer& t, int64_t sample, const OuterPart& at, double* packed, double* to) {
   const Panels<double> out{to, at.rows, at.cols};
-  for (int64_t e = 0; e < out.size(); e += W) vec_at(to + e) = Vec<double>{};
+  double* const sums = to + out.size();
+  for (int64_t e = 0; e < gram_outer_part_size(at.rows, at.cols, at.bias); e += W) vec_at(to + e) = Vec<double>{};
   for (int64_t begin = 0; begin < t.tokens; begin += kTokens) {
     const int64_t tokens = t.tokens - begin < kTokens ? t.tokens - begin : kTokens, row = sample * t.tokens + begin;
     const Panels<double> g{packed, tokens, at.rows}, x{packed + g.size(), tokens, at.cols};
@@ -76,6 +83,12 @@ void gram_outer_part(const OuterLayer& t, int64_t sample, const OuterPart& at, d
               [&](auto zero) { pack(static_cast<const decltype(zero)*>(t.g) + row * t.p, t.p, at.row, g); });
     with_type(t.x_element,
               [&](auto zero) { pack(static_cast<const decltype(zero)*>(t.x) + row * t.d, t.d, at.col, x); });
+    for (int64_t r = 0; at.bias && r < at.rows; r += W) {
+      Vec<double> sum{};
+      const double* b = g.at(0, r);
+      for (int64_t k = 0; k < tokens; ++k, b += P) sum += vec_at(b);
+      vec_at(sums + r) += sum;
+    }
     for (int64_t p = 0; p < x.panels(); ++p)
       for (int64_t i = 0; i < g.panels(); ++i)
         each_tile(at.rows - i * P < P ? at.rows - i * P : P, [&](int64_t r, auto rows) __attribute__((always_inline)) {

@@ -50,12 +50,12 @@ GRADOPS_OP(gram_outer, "gram_outer(Tensor[] x, Tensor[] g, bool[] bias) -> Tenso
 #if GRADOPS_BACKEND_ID == 1
 namespace {
 
-Tensor gram_outer_blocks(const Tensor& x, const Tensor& g) {
-  const Layers all({x}, {g}, {false});
+Tensor gram_outer_blocks(const Tensor& x, const Tensor& g, bool bias) {
+  const Layers all({x}, {g}, {bias});
   Tensor out = empty(x, {all.samples, all.samples}, ScalarType::Double);
   if (all.samples == 0) return out;
   double* const data = static_cast<double*>(out.mutable_data_ptr());
-  if (all.layers.empty() || x.size(2) == 0 || g.size(2) == 0) {
+  if (all.layers.empty() || (x.size(2) == 0 && !bias) || g.size(2) == 0) {
     for (int64_t i = 0; i < all.samples * all.samples; ++i) data[i] = 0;
     return out;
   }
@@ -67,7 +67,7 @@ Tensor gram_outer_blocks(const Tensor& x, const Tensor& g) {
 
 }  // namespace
 
-GRADOPS_OP(gram_outer_blocks, "gram_outer_blocks(Tensor x, Tensor g) -> Tensor")
+GRADOPS_OP(gram_outer_blocks, "gram_outer_blocks(Tensor x, Tensor g, bool bias) -> Tensor")
 #endif
 
 }  // namespace gradops

@@ -23,7 +23,7 @@ struct Layout {
   static constexpr bool kAlike = L == R;
   static constexpr long kChunk = 2048 / L;  // tokens
   // Blocks along the tokens that are summed in float, before they are added to the slices before.
-  static constexpr long kSlice = sizeof(A) == 8 || kTermsPerAddition < 32 ? 8 : 32;
+  static constexpr long kSlice = sizeof(A) == 8 ? 8 : 32;
   long first, tokens, S, P;  // of the chunk: its tokens; blocks along features and along tokens
   char *right, *left;        // V form: panel i, block p
   Layout(const ProductTask& t, char* workspace, long chunk)

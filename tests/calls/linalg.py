@@ -28,7 +28,7 @@ CALLS = {
     "wide_matmul_": Call(product, None, own_bits=False, vmap=False),  # gives nothing back: tested in its room
     "gram": Call(lambda x: ([x, x[..., :3]], True), lambda x: linalg.gram([x, x[..., :3]])),
     "gram_outer": Call(lambda x: ([x, x], [x[..., :2], x + 1], [True, False]), layer, derivatives=0, vmap=False),
-    "gram_outer_blocks": Call(lambda x: (x, x[..., :2]), lambda x: layer(x, "blocks"), derivatives=0, vmap=False),
+    "gram_outer_blocks": Call(lambda x: (x, x[..., :2], True), lambda x: layer(x, "blocks"), derivatives=0, vmap=False),
     "jt_apply": Call(lambda x: (x, x[..., 0].double()), lambda x: linalg.jt_apply(x, x[..., 0])),
     # These orchestrate torch's own ops: their bits are torch's.
     "polar": Call(lambda x: (x, "right", "auto", True, "highest"), lambda x: linalg.polar(x)[0], own_bits=False),

@@ -12,7 +12,7 @@ from .gram import gram
 
 _pairs = register("gram_outer", fake=lambda x, g, bias: x[0].new_empty(
     (x[0].shape[0], x[0].shape[0]), dtype=torch.float64), vmap=False)
-_blocks = register("gram_outer_blocks", fake=lambda x, g: x.new_empty(
+_blocks = register("gram_outer_blocks", fake=lambda x, g, bias: x.new_empty(
     (x.shape[0], x.shape[0]), dtype=torch.float64), vmap=False)
 
 # Temporaries of one product are cut to about this many bytes; those of token pairs, which are small products that are
@@ -73,13 +73,17 @@ def _rows(t: Tensor, begin: int, end: int) -> Tensor:
     return t[begin:end].flatten(0, 1).double()
 
 
-def add_blocks(out: Tensor, x: Tensor, g: Tensor) -> Tensor:
-    """The first form, without the bias: the gradients of a part of the weight for all samples at a time."""
-    return out.add_(_blocks(x, g)) if out.is_cpu else add_blocks_by_torch(out, x, g)
+def add_blocks(out: Tensor, x: Tensor, g: Tensor, bias: bool) -> Tensor:
+    """The first form: the gradients of a part of the weight for all samples at a time."""
+    if out.is_cpu:
+        return out.add_(_blocks(x, g, bias))
+    if bias:
+        out += gram(g.sum(1, dtype=torch.float64))
+    return add_blocks_by_torch(out, x, g)
 
 
 def add_blocks_by_torch(out: Tensor, x: Tensor, g: Tensor) -> Tensor:
-    """For CUDA, where the kernel would be torch's products."""
+    """For CUDA, where the kernel would be torch's products; without the bias."""
     samples, tokens, d = x.shape
     p = g.shape[2]
     room = MAX_BYTES // 8 // max(1, samples)

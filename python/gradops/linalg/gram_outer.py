@@ -5,7 +5,6 @@ from torch import Tensor
 from .._checks import check_one_of
 from .._op import refuse_derivative
 from ._outer import add_blocks, add_layers, check_out, check_pair, pairs_pay
-from .gram import gram
 
 
 @torch.compiler.allow_in_graph
@@ -56,5 +55,4 @@ def gram_outer(x: Tensor, g: Tensor, *, bias: bool = True, mode: str = "auto", o
     x, g = (t if t.dim() == 3 else t[:, None] for t in (x, g))
     if mode == "pairs" or (mode == "auto" and pairs_pay(samples, x.shape[1], x.shape[2], g.shape[2])):
         return add_layers(out, [(x, g, bias)])
-    add_blocks(out, x, g)
-    return out.add_(gram(g.sum(1, dtype=torch.float64))) if bias else out
+    return add_blocks(out, x, g, bias)
