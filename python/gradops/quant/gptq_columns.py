@@ -96,18 +96,19 @@ def _walk(tensors: Any, inverse: bool, group_size: int, fresh: bool, walk: list[
                     gptq_spread_(w[:, :, ahead], more, factor[:, ahead, ahead], add=True)
             if drift is None:
                 ready, since = until, begin
-        current = (w if drift is None else original)[:, :, here].clone(memory_format=torch.contiguous_format)
-        share = drifted(begin, here) if begin > 0 else None
-        if inverse:
-            u = factor[:, here, here]
-            leave(current, here, since if end <= ready else 0, begin)
-        else:
-            u = upper_factor(factor[:, here, here], factored=True)[1]
-            if begin > 0:
+        current = (w if drift is None else original)[:, :, here]
+        u = factor[:, here, here] if inverse else upper_factor(factor[:, here, here], factored=True)[1]
+        share = None
+        if begin > 0:  # summed before it meets w: less is lost
+            sent, share = torch.zeros_like(current), drifted(begin, here)
+            if inverse:
+                leave(sent, here, since if end <= ready else 0, begin)
+            else:
                 share = torch.zeros_like(current) if share is None else share
                 gptq_spread_(share, before[:, :, :begin], factor[:, :begin, here], add=True)
-        if share is not None:
-            gptq_spread_(current, share, u, add=True)
+            if share is not None:
+                gptq_spread_(sent, share, u, add=True)
+            current = current + sent
         pull = None
         if drift is not None:
             pull = torch.zeros_like(u, memory_format=torch.contiguous_format)

@@ -56,7 +56,9 @@ def gptq_quantize(
         H: ``(..., in, in)`` or ``(in, in)`` for all, float64 or float32: ``(2/n) X'X`` of the inputs.
         bits: 2 to 8.
         group_size: inputs that share a scale; -1: all of them. The last group may be shorter.
-        sym: the zero point is ``2^(bits-1)``; otherwise one is chosen with each scale.
+        sym: the zero point is ``2^(bits-1)``, and a scale :math:`(1 - 2^{-19})\, 2 \max|w| / (2^{bits} - 1)`: the lowest
+            number of a group, which lies halfway between two codes, gets the lowest code whatever rounding does to it
+            (the factor before it is 1 for a coarser ``scale_dtype``). Otherwise a zero point is chosen with each scale.
         desc_act: inputs with the largest ``H_ii`` first; groups are then of inputs that follow each other in that
             order.
         static_groups: scales are chosen from ``W`` before anything moves, for groups of neighbouring inputs.
