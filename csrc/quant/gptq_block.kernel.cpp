@@ -178,7 +178,7 @@ void pack_panels(const Plane& from, int64_t item, int64_t cols, int64_t segment,
           *to++ = i < cols && i <= p + k && p + k < cols ? m[i * from.row + p + k] : 0.f;
 }
 
-// The panel's columns take what columns [from, to) have left for them.
+// What columns [from, to) have left for the panel's, summed before it meets w: less is lost than one by one.
 template <bool kPull>
 [[gnu::always_inline]] inline void gather(V (&a)[kPanel][kVecs], const Scratch& m, const float* u, const float* pull,
                                           int64_t from, int64_t to) {
@@ -212,12 +212,10 @@ void run_piece(const GptqBlock& t, const Scratch& m, int64_t item, int64_t row, 
       if (kUpper && s > 0) {  // the whole group as it is now, before its scales are chosen
         const float *us = u, *ps = pull;
         for (int64_t p = s; p < end; p += kPanel) {
-          V a[kPanel][kVecs];
-          for (int k = 0; k < kPanel; ++k)
-            for (int h = 0; h < kVecs; ++h) a[k][h] = load(m.w + (p + k) * kTile + h * kLane);
+          V a[kPanel][kVecs] = {};
           gather<kPull>(a, m, us, ps, 0, s);
           for (int k = 0; k < kPanel && p + k < end; ++k)
-            for (int h = 0; h < kVecs; ++h) vec_at(m.w + (p + k) * kTile + h * kLane) = a[k][h];
+            for (int h = 0; h < kVecs; ++h) vec_at(m.w + (p + k) * kTile + h * kLane) += a[k][h];
           us += (p + kPanel) * kPanel, ps += (p + kPanel) * kPanel;
         }
       }
@@ -233,10 +231,10 @@ void run_piece(const GptqBlock& t, const Scratch& m, int64_t item, int64_t row, 
     };
     if (!t.scale_in.data) fetch();
     for (int64_t p = s; p < end; p += kPanel) {
-      V a[kPanel][kVecs];
-      for (int k = 0; k < kPanel; ++k)
-        for (int h = 0; h < kVecs; ++h) a[k][h] = load(m.w + (p + k) * kTile + h * kLane);
+      V a[kPanel][kVecs] = {};
       if constexpr (kUpper) gather<kPull>(a, m, u, pull, done, p);
+      for (int k = 0; k < kPanel; ++k)
+        for (int h = 0; h < kVecs; ++h) a[k][h] += load(m.w + (p + k) * kTile + h * kLane);
 #pragma GCC unroll 8
       for (int k = 0; k < kPanel; ++k) {
         const int64_t c = p + k;

@@ -14,6 +14,7 @@ template <class T>
 constexpr int kWidth = kVectors * kLanes<T>;
 template <class T>
 constexpr int64_t kDepth = 2048 / int64_t(sizeof(T));
+constexpr int64_t kRun = 64;  // terms summed in a row: what a sum loses grows with its length
 constexpr int64_t kCols = kVectorBytes == 32 ? 120 : 128;
 static_assert(kCols % kWidth<float> == 0 && kCols % kWidth<double> == 0);
 
@@ -53,20 +54,28 @@ void pack_right(const T* u, int64_t row, int64_t col, int64_t depth, int64_t col
 template <class T, int R>
 [[gnu::noinline]] void tile(const T* e, const T* u, int64_t depth, int64_t cols, bool add, T* w, int64_t w_row) {
   constexpr int W = kLanes<T>;
-  Vec<T> sum[R][kVectors] = {};
+  alignas(kVectorBytes) T total[R][kVectors * W] = {};  // in memory: registers hold the sum of one run
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < kVectors; ++c) __builtin_prefetch(w + r * w_row + c * W, 1);
+  for (int64_t k = 0; k < depth;) {
+    Vec<T> sum[R][kVectors] = {};
+    const int64_t end = least(k + kRun, depth);
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; ++k, u += kWidth<T>) {
-    Vec<T> row[kVectors];
+    for (; k < end; ++k, u += kWidth<T>) {
+      Vec<T> row[kVectors];
 #pragma GCC unroll 4
-    for (int c = 0; c < kVectors; ++c) row[c] = vec_at(u + c * W);
+      for (int c = 0; c < kVectors; ++c) row[c] = vec_at(u + c * W);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> factor = Vec<T>{} + e[r * kDepth<T> + k];
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> factor = Vec<T>{} + e[r * kDepth<T> + k];
 #pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) sum[r][c] += factor * row[c];
+        for (int c = 0; c < kVectors; ++c) sum[r][c] += factor * row[c];
+      }
     }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < kVectors; ++c) vec_at(total[r] + c * W) += sum[r][c];
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -75,10 +84,11 @@ template <class T, int R>
       T* to = w + r * w_row + c * W;
       const int64_t left = cols - c * W;
       if (left >= W) {
-        const Vec<T> before = load_anywhere(to), after = add ? before + sum[r][c] : before - sum[r][c];
+        const Vec<T> before = load_anywhere(to), sum = vec_at(total[r] + c * W);
+        const Vec<T> after = add ? before + sum : before - sum;
         __builtin_memcpy(to, &after, sizeof after);
       } else {
-        for (int64_t i = 0; i < left; ++i) to[i] = add ? to[i] + sum[r][c][i] : to[i] - sum[r][c][i];
+        for (int64_t i = 0; i < left; ++i) to[i] = add ? to[i] + total[r][c * W + i] : to[i] - total[r][c * W + i];
       }
     }
 }

@@ -77,7 +77,10 @@ GRADOPS_SHARED Range range_of(float low, float high, const GridTask& t, float un
   const bool nothing = low == 0.f && high == 0.f;
   low = nothing ? -1.f : low;
   high = nothing ? 1.f : high;
-  const float scale = round_scale((high - low) / t.most, t, unit);
+  // The lowest number of a symmetric group lies halfway between two codes by definition: a scale that is this much
+  // smaller takes it to the lowest code, whatever rounding has done to either. (Coarser scales decide by themselves.)
+  const bool halfway = t.symmetric && low < 0.f && t.scale_type == ScaleType::f32;
+  const float scale = round_scale((high - low) / t.most * (halfway ? 1.f - 0x1p-19f : 1.f), t, unit);
   const float at = round_even(lesser(greater(-low / scale, 0.f), t.most));
   return {scale, t.symmetric ? 0.5f * (t.most + 1.f) : at};
 }

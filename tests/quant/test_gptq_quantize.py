@@ -106,6 +106,8 @@ MANY_BLOCKS = [
     {}, {"method": "foem"}, {"method": "foem", "pull_across_blocks": True}, {"group_size": -1},
     {"group_size": -1, "group_params": "block"}, {"group_params": "block"}, {"group_size": 45, "group_params": "block"},
     {"group_size": 90}, {"group_size": 90, "method": "gptaq"}, {"group_size": 70, "method": "foem"},
+    {"method": "gptaq"}, {"method": "gptaq", "compat": "authors"}, {"method": "foem+gptaq"},
+    {"group_size": 45, "group_params": "block", "method": "foem+gptaq", "compat": "authors"},
     {"static_groups": True, "desc_act": True},
 ]  # fmt: skip
 

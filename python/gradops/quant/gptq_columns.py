@@ -6,6 +6,9 @@ less, the sum of all corrections X = E U of the columns before it says the same:
     S = X_< R_<J,   W_J += S U_JJ,   X_J = (E_J - S) U_JJ,   U_JJ = R_JJ^-1
 
 and without FOEM's pull X_J is the given W_J less the rounded one.
+
+GPTAQ adds W P, with P = M U and M strictly upper triangular, for the W that were rounded: it takes E - W M for E. What
+the columns before a block have of it counts in S, and only the block's own P_JJ = M_JJ U_JJ is ever formed.
 """
 from typing import Any
 
@@ -20,7 +23,7 @@ from .gptq_spread import gptq_spread_
 from .upper_factor import upper_factor
 
 _library.define(
-    "gptq_columns(Tensor w, Tensor factor, bool inverse, Tensor? pull, Tensor? scale, Tensor? zero, Tensor? group, "
+    "gptq_columns(Tensor w, Tensor factor, bool inverse, Tensor? drift, Tensor? scale, Tensor? zero, Tensor? group, "
     "Tensor? unit, int group_size, int block_size, bool fresh, int bits, bool symmetric, bool one_sided, float mse, "
     "int grid, int scale_type, float beta, bool pull_first, bool latent_rounded) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -28,7 +31,7 @@ _library.define(
 
 
 @torch.library.impl(_library, "gptq_columns", "CompositeExplicitAutograd")
-def _gptq_columns(w: Tensor, factor: Tensor, inverse: bool, pull: Tensor | None, scale: Tensor | None,
+def _gptq_columns(w: Tensor, factor: Tensor, inverse: bool, drift: Tensor | None, scale: Tensor | None,
                   zero: Tensor | None, group: Tensor | None, unit: Tensor | None, group_size: int, block_size: int,
                   fresh: bool, *options: Any) -> tuple[Tensor, ...]:
     lead = w.shape[:-2]
@@ -36,7 +39,7 @@ def _gptq_columns(w: Tensor, factor: Tensor, inverse: bool, pull: Tensor | None,
     def three(x: Tensor | None, keep: int = 2) -> Any:
         return None if x is None else x.reshape(lead.numel(), *x.shape[x.dim() - keep :])
 
-    tensors = (three(w), three(factor), three(pull), three(scale), three(zero), three(group, 1), three(unit, 0))
+    tensors = (three(w), three(factor), three(drift), three(scale), three(zero), three(group, 1), three(unit, 0))
     walk = blocks(w.shape[-1], group_size, block_size, fresh and scale is None)
     out = fresh_like(tensors[0])
     results = [torch.empty_like(out, dtype=torch.uint8), out, out.new_empty(out.shape[:2])]
@@ -53,21 +56,28 @@ def _gptq_columns(w: Tensor, factor: Tensor, inverse: bool, pull: Tensor | None,
 
 def _walk(tensors: Any, inverse: bool, group_size: int, fresh: bool, walk: list[tuple[int, int]], options: tuple,
           results: list[Tensor]) -> None:
-    grid, beta = options[:6], options[6]  # then: pull_first, latent_rounded
-    original, factor, pull, scale, zero, group, unit = tensors
+    grid, beta, latent_rounded = options[:6], options[6], options[8]  # options[7]: pull_first
+    original, factor, drift, scale, zero, group, unit = tensors
     codes, q, loss, scales, zeros = results
     loss.zero_()
     n = original.shape[-1]
-    before = fresh_like(original)  # of the columns done: E, or X
-    latents = None if pull is None else fresh_like(before)
-    # Up to column `ready`, w holds what the columns before `since` leave; from there on, nothing.
+    before = fresh_like(original)  # of the columns done: E (less W M), or X
+    latents = None if drift is None else fresh_like(before)
+    # Up to column `ready`, w holds what the columns before `since` leave; from there on, nothing. With M, `ready` stays
+    # 0: what is left changes with the columns that it is left for.
     w, ready, since = original, 0, 0
 
     def leave(target: Tensor, columns: slice, from_: int, to: int) -> None:
         """What columns from_ to `to` leave for these."""
         gptq_spread_(target, before[:, :, from_:to], factor[:, from_:to, columns])
-        if latents is not None and pull is not None:
-            gptq_spread_(target, latents[:, :, from_:to], pull[:, from_:to, columns], add=True)
+
+    def drifted(begin: int, columns: slice) -> Tensor | None:
+        """W M of the columns before `begin`."""
+        if latents is None or drift is None:
+            return None
+        out = latents.new_zeros(len(latents), latents.shape[1], columns.stop - columns.start)
+        gptq_spread_(out, latents[:, :, :begin], drift[:, :begin, columns], add=True)
+        return out
 
     for begin, end in walk:
         here = slice(begin, end)
@@ -77,21 +87,32 @@ def _walk(tensors: Any, inverse: bool, group_size: int, fresh: bool, walk: list[
         if inverse and (until > max(ready, end) or begin < ready < end):
             if begin > 0:
                 w = fresh_like(w).copy_(w) if w is original else w
+                if drift is not None:
+                    w[:, :, begin:until] = original[:, :, begin:until]
                 for part, from_ in ((slice(begin, ready), since), (slice(max(begin, ready), until), 0)):
                     if part.start < part.stop:
                         leave(w[:, :, part], part, from_, begin)
-            ready, since = until, begin
-        current = w[:, :, here].clone(memory_format=torch.contiguous_format)
+                if (more := drifted(begin, ahead := slice(begin, until))) is not None:
+                    gptq_spread_(w[:, :, ahead], more, factor[:, ahead, ahead], add=True)
+            if drift is None:
+                ready, since = until, begin
+        current = (w if drift is None else original)[:, :, here]
+        u = factor[:, here, here] if inverse else upper_factor(factor[:, here, here], factored=True)[1]
         share = None
-        if inverse:
-            u = factor[:, here, here]
-            leave(current, here, since if end <= ready else 0, begin)
-        else:
-            u = upper_factor(factor[:, here, here], factored=True)[1]
-            if begin > 0:
-                share = torch.zeros_like(current)
+        if begin > 0:  # summed before it meets w: less is lost
+            sent, share = torch.zeros_like(current), drifted(begin, here)
+            if inverse:
+                leave(sent, here, since if end <= ready else 0, begin)
+            else:
+                share = torch.zeros_like(current) if share is None else share
                 gptq_spread_(share, before[:, :, :begin], factor[:, :begin, here], add=True)
-                gptq_spread_(current, share, u, add=True)
+            if share is not None:
+                gptq_spread_(sent, share, u, add=True)
+            current = current + sent
+        pull = None
+        if drift is not None:
+            pull = torch.zeros_like(u, memory_format=torch.contiguous_format)
+            gptq_spread_(pull, drift[:, here, here], u, add=True)
         known: tuple[Tensor | None, ...] = (None, None, None)
         first, last = -(-begin // group_size), -(-end // group_size)  # groups that begin here
         if scale is not None and zero is not None and group is not None:
@@ -106,8 +127,7 @@ def _walk(tensors: Any, inverse: bool, group_size: int, fresh: bool, walk: list[
             places = torch.arange(begin, end, device=w.device) // group_size - low
             known = (scales[:, :, low:last], zeros[:, :, low:last], places.expand(len(w), end - begin))
         codes[:, :, here], q[:, :, here], e, latent, s, z, part = gptq_block(
-            current, u, original[:, :, here] if beta != 0 else None, None if pull is None else pull[:, here, here],
-            *known, unit, group_size, *options,
+            current, u, original[:, :, here] if beta != 0 else None, pull, *known, unit, group_size, *options,
         )  # fmt: skip
         loss += part
         if known[0] is None:
@@ -115,17 +135,22 @@ def _walk(tensors: Any, inverse: bool, group_size: int, fresh: bool, walk: list[
         if end == n:
             continue
         left = before[:, :, here]
-        if inverse:
-            left.copy_(e)
-        elif beta == 0:
-            torch.sub(original[:, :, here], q[:, :, here], out=left)
-        else:
-            gptq_spread_(left.zero_(), e if share is None else e - share, u, add=True)
         if latents is not None:
             latents[:, :, here] = latent
+        if not inverse and beta == 0 and not latent_rounded:
+            torch.sub(original[:, :, here], q[:, :, here], out=left)
+            continue
+        if share is not None:
+            e -= share
+        if drift is not None:
+            gptq_spread_(e, latent, drift[:, here, here])
+        if inverse:
+            left.copy_(e)
+        else:
+            gptq_spread_(left.zero_(), e, u, add=True)
 
 
-def _fake(w: Tensor, factor: Tensor, inverse: bool, pull: Tensor | None, scale: Tensor | None, zero: Tensor | None,
+def _fake(w: Tensor, factor: Tensor, inverse: bool, drift: Tensor | None, scale: Tensor | None, zero: Tensor | None,
           group: Tensor | None, unit: Tensor | None, group_size: int, *_: Any) -> tuple[Tensor, ...]:
     groups = 0 if scale is not None else (w.shape[-1] + group_size - 1) // group_size
     found = w.new_empty((*w.shape[:-1], groups))

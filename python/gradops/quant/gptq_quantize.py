@@ -19,7 +19,7 @@ from ._columns import (
     nvfp4_unit,
     one_block_ahead,
 )  # fmt: skip
-from ._pull import pull_of
+from ._drift import drift_of
 from .gptq_block import gptq_block
 from .gptq_columns import gptq_columns
 from .hessian_factor import hessian_factor
@@ -47,8 +47,8 @@ def gptq_quantize(
     with :math:`\beta = 0` and :math:`P = 0` for GPTQ. FOEM takes :math:`\beta > 0` and, before a column is rounded,
     pulls it back by :math:`W_j \leftarrow W_j - \beta (W_j - W^0_j)`; GPTAQ takes
     :math:`P = \alpha\, \mathrm{triu}(D U^\top, 1)\, U`. Columns go in blocks of ``block_size``: inside a block by one
-    kernel, between blocks by float32 products (never TensorFloat-32). Without GPTAQ, and where no group is wider than a
-    block (or one is the whole row), the factor is :math:`R` with :math:`H + \lambda I = R R^\top` and the same numbers
+    kernel, between blocks by float32 products (never TensorFloat-32). Where no group is wider than a block (or one is the
+    whole row), the factor is :math:`R` with :math:`H + \lambda I = R R^\top` and the same numbers
     come from :math:`R` and inverses of its diagonal blocks.
 
     Args:
@@ -56,7 +56,9 @@ def gptq_quantize(
         H: ``(..., in, in)`` or ``(in, in)`` for all, float64 or float32: ``(2/n) X'X`` of the inputs.
         bits: 2 to 8.
         group_size: inputs that share a scale; -1: all of them. The last group may be shorter.
-        sym: the zero point is ``2^(bits-1)``; otherwise one is chosen with each scale.
+        sym: the zero point is ``2^(bits-1)``, and a scale :math:`(1 - 2^{-19})\, 2 \max|w| / (2^{bits} - 1)`: the lowest
+            number of a group, which lies halfway between two codes, gets the lowest code whatever rounding does to it
+            (the factor before it is 1 for a coarser ``scale_dtype``). Otherwise a zero point is chosen with each scale.
         desc_act: inputs with the largest ``H_ii`` first; groups are then of inputs that follow each other in that
             order.
         static_groups: scales are chosen from ``W`` before anything moves, for groups of neighbouring inputs.
@@ -98,7 +100,7 @@ def gptq_quantize(
     Sources: GPTQ, arXiv 2210.17323; GPTAQ, arXiv 2504.02692, Theorem 4.2; FOEM, arXiv 2507.11017v2, Algorithm 1.
     Results do not depend on the number of threads, and on the CPU an item of a batch gets the codes that it gets alone.
     Multiplications: ``in^3 / 6`` for :math:`R`, ``in^3 / 3`` for :math:`U`, ``out in^2 / 2`` for the products between
-    blocks (twice that and ``in^3 / 3`` more for GPTAQ), ``out in block_size / 2`` inside blocks.
+    blocks (twice that and ``in^3 / 6`` more for GPTAQ), ``out in block_size / 2`` inside blocks.
 
     Example:
         >>> import torch
@@ -128,7 +130,7 @@ def gptq_quantize(
     unseen = dead.all(-1)
     order = column_order(diagonal + dead, group, desc_act, act_group_aware)
     # R in place of U = R^-1 saves an inversion, where every block needs scales of its own columns only.
-    inverse = factor is not None or gptaq or not (
+    inverse = factor is not None or not (
         static_groups or scales is not None or one_block_ahead(n, group, block_size, group_params == "fresh"))
     if factor is None:
         once = slice(1 if H.dim() == 2 else None)  # one Hessian for all is factored once
@@ -143,13 +145,13 @@ def gptq_quantize(
     options = (bits, sym, compat == "authors", mse, GRIDS.index(grid), SCALE_DTYPES.index(scale_dtype))
     unit = nvfp4_unit(w) if grid == "nvfp4" else None
     given = _given_scales(w, scales, zeros, static_groups, order, group, options, unit)
-    pull = None
+    drift = None
     if gptaq and D is not None:
-        pull = pull_of(_in_order(square(D).float(), order), u, alpha)
-        pull.masked_fill_((info > 0)[:, None, None], 0.0)
+        drift = drift_of(_in_order(square(D).float(), order), u, inverse, alpha)
+        drift.masked_fill_((info > 0)[:, None, None], 0.0)
     w = w if order is None else w.take_along_dim(order[:, None], -1)
     codes, q, loss, scale, zero = gptq_columns(
-        w, u, inverse, pull, *(given or (None,) * 3), unit, group, block_size, group_params == "fresh", *options,
+        w, u, inverse, drift, *(given or (None,) * 3), unit, group, block_size, group_params == "fresh", *options,
         beta if foem else 0.0, pull_across_blocks, compat == "authors",
     )  # fmt: skip
     g_idx = (torch.arange(n, device=w.device) // group).expand(items, n)

@@ -146,7 +146,10 @@ def _range(low: Tensor, high: Tensor, bits: int, sym: bool, grid: str, dtype: to
     nothing = (low == 0) & (high == 0)
     low, high = torch.where(nothing, -1, low), torch.where(nothing, 1, high)
     most = 2**bits - 1
-    scale = _round_scale((high - low) / most, grid, dtype, unit)
+    scale = (high - low) / most
+    if sym and dtype == torch.float32:  # the lowest number lies halfway between two codes: to the lowest one
+        scale = torch.where(low < 0, scale * (1 - 2**-19), scale)
+    scale = _round_scale(scale, grid, dtype, unit)
     return scale, zero + (most + 1) / 2 if sym else torch.round(-low / scale).clamp(0, most)
 
 
