@@ -46,7 +46,7 @@ int64_t warm_bounds(const SemidualColumns& t, int64_t begin, int64_t end) {
 
 // x[r]: entry r of every column, -infinity where there is none, up to a multiple of 8.
 void load_slots(const double* value, int64_t stride, const int64_t* count, int64_t columns, int64_t slots, Doubles* x) {
-  for (int64_t r = 0; r < slots; r += W) {
+  for (int64_t r = 0; r < (slots + 7) / 8 * 8; r += W) {
     Doubles block[W];
     for (int64_t l = 0; l < W; ++l)
       block[l] = load_some(value + l * stride + r, l < columns ? count[l] - r : 0, -kInfinity);
