@@ -66,11 +66,11 @@ void distances(const Cost& t, int64_t i, int64_t rows, int64_t j, int64_t column
       out[r * kTile + l] = l < columns ? out[r * kTile + l] * scale : C(__builtin_inf());
 }
 
-// f(i, of_row(i), j, c) for every row i and every tile from column j on: c[0 .. 64) are its costs, +infinity past the
-// end. Distances of points are rounded: up, or down. Of a tile, rows come in order.
+// f(i, of_row(i), j, tiles, c) for every row i, until it is false: c[0 .. 64 * tiles) are its costs from column j on,
+// +infinity past the end. Distances of points are rounded: up, or down. Of a column, rows come in order.
 template <class T, class C, class R, class F>
-[[gnu::always_inline]] inline void each_tile(const Cost& t, int64_t begin, int64_t end, bool up, const R& of_row,
-                                             const F& f) {
+[[gnu::always_inline]] inline void each_row(const Cost& t, int64_t begin, int64_t end, bool up, const R& of_row,
+                                            const F& f) {
   if (!t.matrix) {
     const C error = C(t.d + 4) * (sizeof(C) == 8 ? C(0x1p-53) : C(0x1p-24)), scale = up ? 1 + error : 1 - error;
     alignas(64) C costs[kPointRows * kTile];
@@ -78,28 +78,24 @@ template <class T, class C, class R, class F>
       for (int64_t i = 0; i < t.n; i += kPointRows) {
         const int64_t rows = t.n - i < kPointRows ? t.n - i : kPointRows;
         distances<T, C>(t, i, rows, j, end - j < kTile ? end - j : kTile, scale, costs);
-        for (int64_t r = 0; r < rows; ++r) f(i + r, of_row(i + r), j, costs + r * kTile);
+        for (int64_t r = 0; r < rows; ++r)
+          if (!f(i + r, of_row(i + r), j, 1, costs + r * kTile)) return;
       }
     return;
   }
-  const int64_t whole = begin + (end - begin) / kTile * kTile;
+  const int64_t direct = std::is_same_v<T, C> ? (end - begin) / kTile * kTile : 0, rest = end - begin - direct;
+  const int64_t padded = (rest + kTile - 1) / kTile * kTile;
+  alignas(64) C wide[std::is_same_v<T, C> ? kTile : kCollectColumns];
+  for (int64_t l = rest; l < padded; ++l) wide[l] = C(__builtin_inf());
   for (int64_t i = 0; i < t.n; ++i) {
-    const T* c = static_cast<const T*>(t.matrix) + i * t.m;
+    const T* c = static_cast<const T*>(t.matrix) + i * t.m + begin;
     const auto row = of_row(i);
-    for (int64_t j = begin; j < whole; j += kTile) {
-      if constexpr (std::is_same_v<T, C>) {
-        f(i, row, j, c + j);
-      } else {
-        alignas(64) C wide[kTile];
+    if constexpr (std::is_same_v<T, C>)
+      if (direct && !f(i, row, begin, direct / kTile, c)) return;
+    if (rest == 0) continue;
 #pragma omp simd
-        for (int l = 0; l < kTile; ++l) wide[l] = widen(c[j + l]);
-        f(i, row, j, wide);
-      }
-    }
-    if (whole == end) continue;
-    alignas(64) C wide[kTile];
-    for (int l = 0; l < kTile; ++l) wide[l] = whole + l < end ? C(widen(c[whole + l])) : C(__builtin_inf());
-    f(i, row, whole, wide);
+    for (int64_t l = 0; l < rest; ++l) wide[l] = widen(c[direct + l]);
+    if (!f(i, row, begin + direct, padded / kTile, wide)) return;
   }
 }
 
@@ -107,107 +103,84 @@ template <class T, class C, class R, class F>
 template <class C>
 [[gnu::always_inline]] inline uint64_t wanted(const C* c, C alpha, const C* low) {
   uint64_t bits = 0;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(C) == 4) {  // mostly nothing is wanted: find out before bits go to a general register
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(C) == 4) {  // gcc would take every mask to a general register
     __mmask16 lanes[4];
-    for (int v = 0; v < 4; ++v)
-      lanes[v] = _mm512_cmp_ps_mask((__m512)(alpha - load(c + 16 * v)), (__m512)load(low + 16 * v), _CMP_NLT_UQ);
-    if (_kortestz_mask16_u8(_kor_mask16(lanes[0], lanes[1]), _kor_mask16(lanes[2], lanes[3]))) return 0;
-    for (int v = 0; v < 4; ++v) bits |= uint64_t(lanes[v]) << 16 * v;
-    return bits;
+    for (int v = 0; v < 4; ++v) lanes[v] = __mmask16(not_below(alpha - load(c + 16 * v), load(low + 16 * v)));
+    return _cvtmask64_u64(_mm512_kunpackd(_mm512_kunpackw(lanes[3], lanes[2]), _mm512_kunpackw(lanes[1], lanes[0])));
   }
 #endif
   for (int v = 0; v < kTile; v += kLanes<C>) bits |= not_below(alpha - load(c + v), load(low + v)) << v;
   return bits;
 }
 
-inline void append(const ColumnScan& t, int64_t i, int64_t j) {
-  const int64_t at = t.count[j]++, to = j * t.capacity + at;
-  if (at >= t.capacity) return;
-  t.index[to] = int32_t(i);
-  if (t.value) t.value[to] = t.alpha[i] - cost_at(t.cost, i, j);
-}
-// The wanted columns of a tile; c: its costs. Out of line: it is rare, and its variables would push those of the search
-// out of the registers.
-template <class C>
-[[gnu::noinline]] void append_bits(const ColumnScan& t, int64_t i, int64_t j, int64_t end, const C* c, uint64_t bits) {
-  const bool exact = t.cost.matrix && t.value;  // distances of points were rounded on the way
-  const double alpha = t.alpha[i];
-  for (; bits; bits &= bits - 1) {
-    const int l = __builtin_ctzll(bits);
-    const int64_t column = j + l;
-    if (column >= end) break;
-    if (!exact) {
-      append(t, i, column);
-      continue;
-    }
-    const int64_t at = t.count[column]++, to = column * t.capacity + at;
-    if (at >= t.capacity) continue;
-    t.index[to] = int32_t(i);
-    t.value[to] = alpha - double(c[l]);
-  }
-}
-
-// The wanted columns of one row. Where most tiles have some, a branch for each would be guessed wrong half the time:
-// then all are written down first, without a branch.
-struct RowHits {
-  static constexpr bool kCanList = kVectorBytes == 64;
-  int64_t row = -1, count = 0, listed = 0;
-  bool list = false;
-  alignas(64) int32_t columns[kCollectColumns + 16];
-
-  [[gnu::noinline]] void next(const ColumnScan& t, int64_t i, int64_t begin, int64_t end) {
-    for (int64_t p = 0; p < listed; ++p)
-      if (columns[p] < end) append(t, row, columns[p]);
-    list = kCanList && t.cost.matrix && 2 * (count + listed) > (end - begin) / kTile;
-    row = i;
-    count = listed = 0;
-  }
-  [[gnu::always_inline]] void add(int64_t j, const float* c, float alpha, const float* low) {
-#if defined(__AVX512F__)
-    __m512i lane = _mm512_add_epi32(_mm512_set1_epi32(int(j)),
-                                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    __mmask16 lanes[4];
-    for (int v = 0; v < 4; ++v) lanes[v] = __mmask16(not_below(alpha - load(c + 16 * v), load(low + 16 * v)));
-    int32_t* to = columns + listed;  // a copy: the compiler cannot keep the member in a register
-    for (int v = 0; v < 4; ++v) {
-      _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(lanes[v], lane));
-      to += __builtin_popcount(lanes[v]);
-      lane = _mm512_add_epi32(lane, _mm512_set1_epi32(16));
-    }
-    listed = to - columns;
-#else
-    (void)j, (void)c, (void)alpha, (void)low;
-#endif
-  }
+// The tiles that have wanted entries, listed without a branch: nobody can guess which ones do.
+struct WantedTile {
+  uint64_t bits;
+  int32_t row, column;  // the first of the tile, from the first of the scan
 };
+constexpr int64_t kListed = 512;
 
+// Returns how many entries were wanted.
+template <class T>
+[[gnu::noinline]] int64_t append(const ColumnScan& t, int64_t begin, const WantedTile* tiles, int64_t count) {
+  const T* matrix = static_cast<const T*>(t.cost.matrix);
+  const int64_t capacity = t.capacity, m = t.cost.m;
+  int32_t *counts = t.count, *index = t.index;
+  double* value = t.value;
+  int64_t found = 0;
+  for (int64_t p = 0; p < count; ++p) {
+    const int64_t i = tiles[p].row, first = begin + tiles[p].column;
+    const double alpha = t.alpha[i];
+    uint64_t bits = tiles[p].bits;
+    do {
+      const int64_t j = first + __builtin_ctzll(bits), at = counts[j]++, to = j * capacity + at;
+      bits &= bits - 1;
+      ++found;
+      if (at >= capacity) continue;
+      index[to] = int32_t(i);
+      if (value) value[to] = alpha - (matrix ? double(widen(matrix[i * m + j])) : cost_at(t.cost, i, j));
+    } while (bits);
+  }
+  return found;
+}
+
+// False if more than `most` entries are wanted.
 template <class T, class C>
-void collect(const ColumnScan& t, int64_t begin, int64_t end) {
+bool collect(const ColumnScan& t, int64_t begin, int64_t end, int64_t& most) {
   alignas(64) C low[kCollectColumns];
-  for (int64_t j = begin; j < begin + kCollectColumns; ++j) low[j - begin] = C(__builtin_inf());
+  for (int64_t l = 0; l < kCollectColumns; ++l) low[l] = C(__builtin_inf());
   for (int64_t j = begin; j < end; ++j) {
     round_down(t.low[j], low[j - begin]);
     t.count[j] = 0;
   }
-  RowHits hits;
-  each_tile<T, C>(
+  WantedTile listed[kListed + kCollectColumns / kTile];
+  int64_t count = 0;
+  each_row<T, C>(
       t.cost, begin, end, false,
       [&](int64_t i) {
         C alpha;
         round_up(t.cost.matrix ? t.alpha[i] : t.alpha[i] + 0x1p-120, alpha);
-        hits.next(t, i, begin, end);
         return alpha;
       },
-      [&](int64_t i, C alpha, int64_t j, const C* c) {
-        if constexpr (sizeof(C) == 4)
-          if (hits.list) return hits.add(j, c, alpha, low + (j - begin));
-        const uint64_t bits = wanted(c, alpha, low + (j - begin));
-        if (!bits) return;
-        hits.count += __builtin_popcountll(bits);
-        append_bits(t, i, j, end, c, bits);
+      [&](int64_t i, C alpha, int64_t j, int64_t tiles, const C* c) {
+        const T* next = t.cost.matrix ? static_cast<const T*>(t.cost.matrix) + (i + 1) * t.cost.m + j : nullptr;
+        int64_t at = count;  // a copy: the compiler cannot keep the other one in a register
+        for (int64_t l = 0; l < tiles * kTile; l += kTile) {
+          listed[at] = {wanted(c + l, alpha, low + (j - begin) + l), int32_t(i), int32_t(j - begin + l)};
+          at += listed[at].bits != 0;
+          // The processor does not foresee where a part of a row goes on. (Past the end, or of null, it does nothing.)
+          for (size_t e = 0; e < kTile * sizeof(T); e += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(next + l) + e);
+        }
+        count = at;
+        if (count <= kListed) return true;
+        most -= append<T>(t, begin, listed, count);
+        count = 0;
+        return most >= 0;
       });
-  hits.next(t, -1, begin, end);
+  most -= append<T>(t, begin, listed, count);
+  return most >= 0;
 }
 
 // Of every column the largest entries of `groups` sets of rows. The k-th largest of these, and the threshold that they
@@ -218,14 +191,15 @@ void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64
   const int64_t groups = sought < 64 ? 64 : sought > kGroups ? kGroups : sought;
   alignas(64) C largest[kGroups * kBoundColumns];
   for (int64_t e = 0; e < groups * kBoundColumns; ++e) largest[e] = -C(__builtin_inf());
-  each_tile<T, C>(
+  each_row<T, C>(
       t.cost, begin, end, true, [&](int64_t i) { return C(t.alpha[i]); },
-      [&](int64_t i, C alpha, int64_t j, const C* c) {
+      [&](int64_t i, C alpha, int64_t j, int64_t tiles, const C* c) {
         C* to = largest + i % groups * kBoundColumns + (j - begin);
-        for (int v = 0; v < kTile; v += kLanes<C>) {
+        for (int64_t v = 0; v < tiles * kTile; v += kLanes<C>) {
           const Vec<C> x = alpha - load(c + v), old = load(to + v), now = greater(x, old);
           __builtin_memcpy(to + v, &now, sizeof now);
         }
+        return true;
       });
   const C rounding = sizeof(C) == 8 ? C(0x1p-50) : C(0x1p-21);
   const int64_t ranks = max_nz <= kMostRanks && max_nz <= groups ? max_nz : 1;
@@ -269,11 +243,15 @@ void with_arithmetic(Element e, const F& f) {
 
 }  // namespace
 
-void scan_columns(const ColumnScan& t, int64_t begin, int64_t end) {
+bool scan_columns(const ColumnScan& t, int64_t begin, int64_t end) {
+  int64_t most = t.most;
+  bool all = true;
   with_arithmetic(t.cost.element, [&](auto stored, auto wide) {
-    for (int64_t j = begin; j < end; j += kCollectColumns)
-      collect<decltype(stored), decltype(wide)>(t, j, end - j < kCollectColumns ? end : j + kCollectColumns);
+    for (int64_t j = begin; j < end && all; j += kCollectColumns)
+      all =
+          collect<decltype(stored), decltype(wide)>(t, j, end - j < kCollectColumns ? end : j + kCollectColumns, most);
   });
+  return all;
 }
 
 void scan_bounds(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64_t begin, int64_t end) {

@@ -1,4 +1,5 @@
-// lane_mask.h: lanes of a comparison as bits. For *.kernel.cpp only: everything is local to the file that includes it.
+// lane_mask.h: lanes of a comparison as bits, and what is done with them. For *.kernel.cpp only: everything is local to
+// the file that includes it.
 #pragma once
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -76,6 +77,14 @@ namespace {
 #endif
 }
 
+[[gnu::always_inline]] inline double lesser(double a, double b) {
+#if defined(__SSE2__)
+  return _mm_cvtsd_f64(_mm_min_sd(_mm_set_sd(a), _mm_set_sd(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // x into the largest numbers so far of every lane, in falling order.
 template <class C>
 [[gnu::always_inline]] inline void insert(Vec<C> x, Vec<C>* top, int64_t ranks) {
@@ -91,6 +100,26 @@ template <class C>
   Vec<C> v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
+}
+
+// The first `count` numbers, `rest` in the lanes after them. Reads no others.
+[[gnu::always_inline]] inline Vec<double> load_some(const double* p, int64_t count, double rest) {
+  count = count < 0 ? 0 : count > kLanes<double> ? kLanes<double> : count;
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_mask_loadu_pd(_mm512_set1_pd(rest), __mmask8((1u << count) - 1), p);
+#else
+  Vec<double> v = Vec<double>{} + rest;
+  for (int64_t l = 0; l < count; ++l) v[l] = p[l];
+  return v;
+#endif
+}
+
+[[gnu::always_inline]] inline void store_some(double* p, int64_t count, Vec<double> v) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_pd(p, count < 8 ? __mmask8((1u << count) - 1) : __mmask8(0xff), (__m512d)v);
+#else
+  for (int64_t l = 0; l < count && l < kLanes<double>; ++l) p[l] = v[l];
+#endif
 }
 
 }  // namespace

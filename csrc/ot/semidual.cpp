@@ -23,8 +23,9 @@ struct Blocks {
     columns = columns < 64 ? 64 : columns > kMostColumns ? kMostColumns : columns;
     count = (t.m + columns - 1) / columns;
   }
-  int64_t values(int64_t n) const { return 8 * capacity > n ? 8 * capacity : n; }
-  int64_t bytes(int64_t n) const { return 12 * columns * capacity + 8 * values(n) + 4 * n; }
+  // Lists are read 16 entries at a time.
+  int64_t slots(int64_t n) const { return 8 * (capacity > n ? capacity : (n + 7) / 8 * 8); }
+  int64_t bytes(int64_t n) const { return 12 * (columns * capacity + 16) + 8 * slots(n) + 12 * (n + 16); }
 };
 
 [[noreturn]] void refuse(const char* name, const char* expected, double got, int64_t item, int64_t batch) {
@@ -51,9 +52,10 @@ void cpu::semidual(const SemidualTask& t, void* workspace, void*) {
   std::atomic<int64_t> bad{t.batch};
   parallel_for(0, t.batch * blocks.count, 1,
                [&, kernel = GRADOPS_DISPATCH(semidual_columns)](int64_t from, int64_t to) {
-                 double* memory = reinterpret_cast<double*>(thread_scratch(blocks.bytes(t.n)));
-                 double* lists = memory + blocks.values(t.n);
-                 int32_t* rows = reinterpret_cast<int32_t*>(lists + blocks.columns * blocks.capacity);
+                 double* slots = reinterpret_cast<double*>(thread_scratch(blocks.bytes(t.n)));
+                 double *lists = slots + blocks.slots(t.n), *values = lists + blocks.columns * blocks.capacity + 16;
+                 int32_t *row_lists = reinterpret_cast<int32_t*>(values + t.n + 16),
+                         *rows = row_lists + blocks.columns * blocks.capacity + 16;
                  for (int64_t k = from; k < to; ++k) {
                    const int64_t item = k / blocks.count, begin = k % blocks.count * blocks.columns;
                    const int64_t end = begin + blocks.columns < t.m ? begin + blocks.columns : t.m, at = item * t.m;
@@ -61,7 +63,7 @@ void cpu::semidual(const SemidualTask& t, void* workspace, void*) {
                    const ColumnScan scan{cost_of(t, item, element_size(t.element)),
                                          t.alpha + item * t.n,
                                          low + at,
-                                         rows + t.n - shift,
+                                         row_lists - shift,
                                          count + at,
                                          blocks.capacity,
                                          lists - shift};
@@ -81,7 +83,8 @@ void cpu::semidual(const SemidualTask& t, void* workspace, void*) {
                                                  t.kept + at,
                                                  omega + at,
                                                  mass + at,
-                                                 memory,
+                                                 slots,
+                                                 values,
                                                  rows};
                    if (kernel(columns, begin, end) < 0) continue;
                    int64_t first = bad.load();

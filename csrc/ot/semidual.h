@@ -47,7 +47,7 @@ GRADOPS_SHARED Cost cost_of(const SemidualTask& t, int64_t item, int64_t size_of
 }  // namespace
 
 struct SemidualColumns {  // of one item
-  ColumnScan scan;        // its lists belong to the columns of one call
+  ColumnScan scan;        // its lists belong to the columns of one call; 16 more than these are read
   const double* b;
   double reg;
   int64_t max_nz;
@@ -60,8 +60,9 @@ struct SemidualColumns {  // of one item
   int64_t* kept;
   double* omega;        // m
   double* scaled_mass;  // m
-  double* value;        // aligned: 8 * capacity, and n, numbers; n rows: of the columns that are being finished
-  int32_t* row;
+  double* slots;        // aligned: 8 for every entry of a list, n at least: of the columns that are being finished
+  double* value;        // n and 16 more
+  int32_t* row;         // n and 16 more
 };
 constexpr int64_t kMostColumns = 1024;  // of a call
 // The first column with a NaN or an infinite gain, or -1.

@@ -1,4 +1,5 @@
-// Columns are finished as many at a time as a vector has lanes: slot r of all of them is one vector.
+// Columns are finished as many at a time as a vector has lanes: slot r of all of them is one vector. No bit of a result
+// depends on which entries beyond its support a column's list holds.
 #include "ot/semidual.h"
 
 #include "ot/column_projection.h"
@@ -8,23 +9,114 @@ namespace gradops::GRADOPS_ISA {
 namespace {
 
 constexpr int W = kLanes<double>;
-constexpr int64_t kProbe = 64;      // columns that show whether a warm start is near enough
 constexpr int64_t kManyAgain = 16;  // columns for which another pass over all beats a look at each
-constexpr int64_t kRanksAtOnce = 32;
+constexpr int64_t kMostSorted = 32;
+constexpr double kInfinity = __builtin_inf();
 using Doubles = Vec<double>;
 
 double below(double v) { return v - (__builtin_fabs(v) * 0x1p-50 + 0x1p-1000); }
 
-struct Thresholds {
-  Doubles largest, tau;  // tau is relative to largest
+// Bounds from the entries of an earlier plan, which had gains tau + reg t then; alpha has moved since. Of any set of
+// entries, (sum - scaled mass) / size is at most the threshold (Michelot), and the max_nz-th largest at most that of
+// all. (If the costs are others now, or the rows not distinct, a bound may be too high: `finish` sees that.)
+// Returns how many entries there were.
+int64_t warm_bounds(const SemidualColumns& t, int64_t begin, int64_t end) {
+  const int64_t n = t.scan.cost.n, most = t.warm_width < t.max_nz ? t.warm_width : t.max_nz;
+  double* moved = t.value;
+  for (int64_t i = 0; i < n; ++i) moved[i] = t.scan.alpha[i] - t.warm_alpha[i];
+  int64_t all = 0;
+  for (int64_t j = begin; j < end; ++j) {
+    const int64_t* rows = t.warm_index + j * t.warm_width;
+    const double *weight = t.warm_weight + j * t.warm_width, tau = t.warm_tau[j];
+    double sum = 0, least = kInfinity;
+    int64_t used = 0;
+    for (; used < most && (used == 0 || weight[used] > 0) && uint64_t(rows[used]) < uint64_t(n); ++used) {
+      const double by = moved[rows[used]], gain = t.reg * weight[used] + by;
+      sum += by;
+      least = lesser(gain, least);
+    }
+    all += used;
+    const double mean = tau + sum / double(used), all_of_them = used == t.max_nz ? tau + least : -kInfinity;
+    double low = mean > all_of_them ? mean : all_of_them;
+    low = below(low - (__builtin_fabs(tau) + __builtin_fabs(low) + t.scaled_mass[j]) * 0x1p-48);
+    t.scan.low[j] = low < kInfinity ? low : -kInfinity;  // nor NaN
+  }
+  return all;
+}
+
+// x[r]: entry r of every column, -infinity where there is none, up to a multiple of 8.
+void load_slots(const double* value, int64_t stride, const int64_t* count, int64_t columns, int64_t slots, Doubles* x) {
+  for (int64_t r = 0; r < (slots + 7) / 8 * 8; r += W) {
+    Doubles block[W];
+    for (int64_t l = 0; l < W; ++l)
+      block[l] = load_some(value + l * stride + r, l < columns ? count[l] - r : 0, -kInfinity);
+    transpose<double>(block);
+    for (int64_t q = 0; q < W; ++q) x[r + q] = block[q];
+  }
+}
+
+struct Found {
+  // tau is relative to largest; gain: <y, t> - reg / 2 |t|^2, times 2 reg, for the same y
+  Doubles largest, tau, smallest, gain;
 };
 
-// Each column's threshold for its mass, from below: of a set that holds the support, (sum - scaled mass) / size is at
-// most the threshold (Michelot). -infinity is no entry.
-Thresholds threshold(const Doubles* x, int64_t slots, Doubles scaled) {
-  Doubles largest = x[0];
+[[gnu::always_inline]] inline void exchange(Doubles& high, Doubles& low) {
+  const Doubles more = greater(low, high);
+  low = lesser(low, high);
+  high = more;
+}
+// Falling order, of numbers that fall and then rise, or rise and then fall.
+template <int N>
+[[gnu::always_inline]] inline void sort_bitonic(Doubles* v) {
+  if constexpr (N > 1) {
+    for (int i = 0; i < N / 2; ++i) exchange(v[i], v[i + N / 2]);
+    sort_bitonic<N / 2>(v);
+    sort_bitonic<N / 2>(v + N / 2);
+  }
+}
+[[gnu::always_inline]] inline void sort_eight(Doubles* v) {  // Batcher's network
+  constexpr int8_t kPairs[19][2] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {1, 2}, {5, 6},
+                                    {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}};
+#pragma GCC unroll 19
+  for (int i = 0; i < 19; ++i) exchange(v[kPairs[i][0]], v[kPairs[i][1]]);
+}
+
+// From the largest entries in falling order: bits depend on these alone.
+template <int kRanks>
+Found sorted(const Doubles* x, int64_t slots, int64_t max_nz, Doubles scaled) {
+  Doubles top[kRanks], sum = {}, all = {}, size = Doubles{} + 1, gain = {};
+  for (int r = 0; r < kRanks; ++r) top[r] = Doubles{} - kInfinity;
+  if constexpr (kRanks <= 8) {
+    for (int64_t s = 0; s < slots; ++s) insert<double>(x[s], top, kRanks);
+  } else {
+    for (int64_t s = 0; s < slots; s += 8) {
+      Doubles next[8];
+      for (int r = 0; r < 8; ++r) next[r] = x[s + r];
+      sort_eight(next);
+      for (int r = 0; r < 8; ++r) top[kRanks - 1 - r] = greater(top[kRanks - 1 - r], next[r]);
+      sort_bitonic<kRanks>(top);
+    }
+  }
+  for (int64_t r = 0; r < max_nz; ++r) {
+    const Doubles y = top[r] - top[0];
+    all += y;
+    const auto in = y * double(r + 1) > all - scaled;  // above the threshold of the entries up to this one
+    sum = in ? all : sum;
+    size = in ? Doubles{} + double(r + 1) : size;
+  }
+  const Doubles tau = (sum - scaled) / size;
+  for (int64_t r = 0; r < max_nz; ++r) {
+    const Doubles y = top[r] - top[0];
+    gain += y > tau ? (y - tau) * (y + tau) : Doubles{};
+  }
+  return {top[0], tau, top[max_nz - 1], gain};
+}
+
+// From lists of at most max_nz entries. Sets shrink from those above `start`, which must not be above the threshold.
+Found shrunk(const Doubles* x, int64_t slots, int64_t max_nz, Doubles scaled, Doubles start) {
+  Doubles largest = x[0], smallest = Doubles{} + kInfinity, gain = {}, count = {};
   for (int64_t r = 1; r < slots; ++r) largest = greater(x[r], largest);
-  Doubles tau = -scaled, last = tau, before = Doubles{} + double(slots) + 1;
+  Doubles tau = greater(start - largest, -scaled), last = tau, before = Doubles{} + double(slots) + 1;
   for (int64_t turn = 0; turn <= slots; ++turn) {
     Doubles sum = {}, size = {};
     for (int64_t r = 0; r < slots; ++r) {
@@ -37,162 +129,169 @@ Thresholds threshold(const Doubles* x, int64_t slots, Doubles scaled) {
     if (not_below(size, before) == (1u << W) - 1) break;  // it never grows
     before = size;
   }
-  return {largest, last};  // of the last set alone, so that no bit depends on the sets before it
+  for (int64_t r = 0; r < slots; ++r) {
+    smallest = x[r] > -kInfinity ? lesser(x[r], smallest) : smallest;
+    count += x[r] > -kInfinity ? Doubles{} + 1 : Doubles{};
+    const Doubles y = x[r] - largest;
+    gain += y > last ? (y - last) * (y + last) : Doubles{};
+  }
+  smallest = count < double(max_nz) ? Doubles{} - kInfinity : smallest;
+  return {largest, last, smallest, gain};  // of the last set alone
 }
 
-// Bounds for W columns from j on: of entries that had gains tau + reg t then, alpha has moved since. The threshold of
-// any set of entries, and its max_nz-th largest, are at most those of all. (If the costs are others now, the bound may
-// be too high: `finish` sees that.)
-void warm_bounds(const SemidualColumns& t, int64_t j, int64_t columns) {
-  const int64_t most = t.warm_width < t.max_nz ? t.warm_width : t.max_nz;
-  Doubles *x = reinterpret_cast<Doubles*>(t.value), scaled = {}, least = Doubles{} + __builtin_inf();
-  int64_t count[W] = {};
-  for (int64_t r = 0; r < most; ++r) x[r] = Doubles{} - __builtin_inf();
+Found find(const Doubles* x, int64_t slots, int64_t max_nz, Doubles scaled, Doubles start) {
+  if (max_nz <= 4) return sorted<4>(x, slots, max_nz, scaled);
+  if (max_nz <= 8) return sorted<8>(x, slots, max_nz, scaled);
+  if (max_nz <= 16) return sorted<16>(x, slots, max_nz, scaled);
+  if (max_nz <= kMostSorted) return sorted<kMostSorted>(x, slots, max_nz, scaled);
+  return shrunk(x, slots, max_nz, scaled, start);
+}
+
+// Of 16 places of a list, of which the first `count` are taken, those that are at least `smallest` and have a positive
+// weight: their weights and rows to the front of `to` and `index`, then zeros, at most `room` in all. Returns how many
+// there are. Reads all 16.
+constexpr int kPacked = 16;
+[[gnu::always_inline]] inline int64_t pack(const double* value, const int32_t* row, int64_t count, double largest,
+                                           double tau, double smallest, double reg, int64_t room, double* to,
+                                           int64_t* index) {
+#if defined(__AVX512DQ__) && defined(__BMI2__)
+  const auto first_of = [](int64_t k) { return k <= 0 ? 0u : (1u << (k < 16 ? k : 16)) - 1; };
+  const auto weigh = [&](const double* x, __mmask8& wanted) __attribute__((always_inline)) {
+    const __m512d v = (__m512d)load(x), weight = (__m512d)((load(x) - largest - tau) / reg);
+    wanted = _mm512_cmp_pd_mask(v, _mm512_set1_pd(smallest), _CMP_GE_OQ);
+    wanted = _mm512_mask_cmp_pd_mask(wanted, weight, _mm512_setzero_pd(), _CMP_GT_OQ);
+    return weight;
+  };
+  __mmask8 low, high;
+  const __m512d v = weigh(value, low), w = weigh(value + 8, high);
+  const uint32_t wanted = _cvtmask16_u32(_mm512_kunpackb(high, low)) & first_of(count), places = first_of(room);
+  const int kept = __builtin_popcount(wanted);
+  const uint32_t used = (1u << kept) - 1;
+  // The wanted places' numbers in four bits each. (Compress instructions cost more.)
+  const uint64_t order = _pext_u64(0xfedcba9876543210, _pdep_u64(wanted, 0x1111111111111111) * 0xf);
+  const __m512i rows = _mm512_loadu_si512(row), all = _mm512_set1_epi64(int64_t(order));
+  const __m512i first = _mm512_maskz_cvtepi32_epi64(0xff, _mm512_castsi512_si256(rows));
+  const __m512i second = _mm512_maskz_cvtepi32_epi64(0xff, _mm512_maskz_extracti64x4_epi64(0xf, rows, 1));
+  const auto put = [&](int from) __attribute__((always_inline)) {  // the permutations look at four bits
+    const __m512i shift = _mm512_add_epi64(_mm512_set1_epi64(4 * from), _mm512_setr_epi64(0, 4, 8, 12, 16, 20, 24, 28));
+    const __m512i at = _mm512_maskz_srlv_epi64(0xff, all, shift);
+    const __mmask8 there = __mmask8(used >> from), free = __mmask8(places >> from);
+    _mm512_mask_storeu_pd(to + from, free, _mm512_maskz_permutex2var_pd(there, v, at, w));
+    _mm512_mask_storeu_epi64(index + from, free, _mm512_maskz_permutex2var_epi64(there, first, at, second));
+  };
+  put(0);
+  if (room > 8) put(8);
+  return kept;
+#else
+  int64_t kept = 0;
+  for (int64_t r = 0; r < kPacked && r < count; ++r) {
+    const double weight = (value[r] - largest - tau) / reg;
+    if (!(weight > 0) || value[r] < smallest) continue;
+    if (kept < room) to[kept] = weight, index[kept] = row[r];
+    ++kept;
+  }
+  for (int64_t r = kept; r < kPacked && r < room; ++r) to[r] = 0, index[r] = 0;
+  return kept;
+#endif
+}
+
+// The entries of column j, of a list of `count`. Returns their number; the first `width` are stored. slots: count or
+// more, of the columns around alike, so that the loop does not end where nobody can guess it.
+[[gnu::always_inline]] inline int64_t store(const SemidualColumns& t, int64_t j, const double* value,
+                                            const int32_t* row, int64_t count, int64_t slots, double largest,
+                                            double tau, double smallest) {
+  int64_t* index = t.index + j * t.width;
+  double* weight = t.weight + j * t.width;
+  int64_t kept = 0, written = 0;
+  for (int64_t r = 0; r < slots; r += kPacked) {
+    written = kept + kPacked;
+    kept +=
+        pack(value + r, row + r, count - r, largest, tau, smallest, t.reg, t.width - kept, weight + kept, index + kept);
+  }
+  for (int64_t r = written; r < t.width; ++r) index[r] = 0, weight[r] = 0;
+  if (kept > t.width)
+    for (int64_t r = 0; r < t.width; ++r) weight[r] = __builtin_nan("");
+  return kept;
+}
+
+// What is rare: no mass, where the largest entry stands alone, without weight; no entry; more than max_nz entries, as
+// the last ones are equal, of which the lowest rows stay.
+[[gnu::noinline]] int64_t store_rare(const SemidualColumns& t, int64_t j, double* value, int32_t* row, int64_t count,
+                                     double largest, double tau, double smallest) {
+  if (t.b[j] > 0 && count > 0) {
+    keep_largest(value, row, count, t.max_nz);
+    return store(t, j, value, row, t.max_nz, t.max_nz, largest, tau, smallest);
+  }
+  for (int64_t r = 0; r < t.width; ++r) t.index[j * t.width + r] = 0, t.weight[j * t.width + r] = 0;
+  if (count == 0) return 0;
+  while (*value < largest) ++value, ++row;
+  if (t.width > 0) t.index[j * t.width] = *row;
+  return 1;
+}
+
+// Up to W columns from their lists; that of column j + l is at l * room. Adds to `again` those that these do not
+// decide, with the bound that they give; without `again`, they do. False: a NaN, or an infinite gain.
+bool finish(const SemidualColumns& t, int64_t j, int64_t columns, double* value, int32_t* row, int64_t room,
+            const int32_t* wanted, int64_t* again, int64_t& agains) {
+  int64_t count[W] = {}, slots = 1;
   for (int64_t l = 0; l < columns; ++l) {
-    const int64_t* rows = t.warm_index + (j + l) * t.warm_width;
-    const double* weight = t.warm_weight + (j + l) * t.warm_width;
-    double* to = reinterpret_cast<double*>(x) + l;
-    const double tau = t.warm_tau[j + l];
-    int64_t r = 0;
-    for (int64_t last = -1; r < most && rows[r] > last && rows[r] < t.scan.cost.n; ++r) {  // distinct rows
-      last = rows[r];
-      to[r * W] = tau + t.reg * weight[r] + (t.scan.alpha[last] - t.warm_alpha[last]);
+    count[l] = wanted[l] < room ? wanted[l] : room;
+    if (count[l] > t.max_nz && t.max_nz > kMostSorted) {
+      for (int64_t r = l * room; r < l * room + count[l]; ++r)
+        if (!(value[r] < kInfinity)) return false;
+      keep_largest(value + l * room, row + l * room, count[l], t.max_nz);
+      count[l] = t.max_nz;
     }
-    count[l] = r;
-    scaled[l] = t.scaled_mass[j + l];
+    slots = count[l] > slots ? count[l] : slots;
   }
-  const Thresholds found = threshold(x, most, scaled);
-  for (int64_t r = 0; r < most; ++r) least = lesser(x[r], least);
+  Doubles* x = reinterpret_cast<Doubles*>(t.slots);
+  load_slots(value, room, count, columns, slots, x);
+  uint64_t bad = 0;
+  for (int64_t r = 0; r < slots; ++r) bad |= not_below(x[r], Doubles{} + kInfinity);
+  if (bad) return false;
+  const Doubles mass = load_some(t.b + j, columns, 0), low = load_some(t.scan.low + j, columns, 0);
+  const Found found = find(x, slots, t.max_nz, t.reg * mass, low);
+  const Doubles nothing = Doubles{} - kInfinity, largest = found.largest, smallest = found.smallest;
+  const auto fills = (mass > 0) & (largest > nothing);
+  const Doubles tau = fills ? largest + found.tau : largest;
+  const Doubles omega = fills ? mass * largest + .5 * found.gain / t.reg : mass > 0 ? nothing : Doubles{};
+  const uint64_t filled = ~not_below(Doubles{}, mass) & ~not_below(nothing, largest);
+  const uint64_t decided = again ? not_below(tau, low) | ~not_below(low, smallest) : ~uint64_t(0);
+  store_some(t.tau + j, columns, tau);
+  store_some(t.omega + j, columns, omega);
   for (int64_t l = 0; l < columns; ++l) {
-    double low = found.largest[l] + found.tau[l] - scaled[l] * 0x1p-48;
-    if (count[l] == t.max_nz && least[l] > low) low = least[l];
-    low -= (__builtin_fabs(t.warm_tau[j + l]) + __builtin_fabs(low)) * 0x1p-48;
-    low = below(low);
-    t.scan.low[j + l] = low > -__builtin_inf() && low < __builtin_inf() ? low : -__builtin_inf();
+    const int64_t c = j + l, at = l * room;
+    if (again && (wanted[l] > room || !(decided >> l & 1))) {
+      t.scan.low[c] = below(tau[l] > smallest[l] ? tau[l] : smallest[l]);  // what was found is a set of entries
+      again[agains++] = c;
+      continue;
+    }
+    int64_t kept = t.max_nz + 1;
+    if (filled >> l & 1)
+      kept = store(t, c, value + at, row + at, count[l], slots, largest[l], found.tau[l], smallest[l]);
+    if (kept > t.max_nz) kept = store_rare(t, c, value + at, row + at, count[l], largest[l], found.tau[l], smallest[l]);
+    t.kept[c] = kept;
   }
+  return true;
 }
 
-bool usable(const double* x, int64_t count) {  // neither NaN nor +infinity
-  bool good = true;
-  for (int64_t r = 0; r < count; ++r) good &= x[r] < __builtin_inf();
-  return good;
-}
-
-void store(const SemidualColumns& t, int64_t j, const ProjectedColumn& p, const double* weight, const int32_t* row) {
-  for (int64_t r = 0; r < t.width; ++r) {
-    t.index[j * t.width + r] = r < p.kept ? row[r] : 0;
-    t.weight[j * t.width + r] = p.kept > t.width ? __builtin_nan("") : r < p.kept ? weight[r] : 0;
-  }
-  t.kept[j] = p.kept;
-  t.tau[j] = p.tau;
-  t.omega[j] = p.value;
+bool finish(const SemidualColumns& t, int64_t j, int64_t columns, int64_t* again, int64_t& agains) {
+  const ColumnScan& s = t.scan;
+  return finish(t, j, columns, s.value + j * s.capacity, s.index + j * s.capacity, s.capacity, s.count + j, again,
+                agains);
 }
 
 // All rows of one column once more, from a bound that cannot be too high.
 bool look_again(const SemidualColumns& t, int64_t j) {
-  int64_t count = 0;
+  int32_t count = 0;
   for (int64_t i = 0; i < t.scan.cost.n; ++i) {
     const double v = t.scan.alpha[i] - cost_at(t.scan.cost, i, j);
-    if (v <= t.scan.low[j]) continue;
     t.row[count] = int32_t(i);
-    t.value[count++] = v;
+    t.value[count] = v;
+    count += !(v <= t.scan.low[j]);
   }
-  if (!usable(t.value, count)) return false;
-  store(t, j, project_column(t.value, t.row, count, t.max_nz, t.reg, t.b[j]), t.value, t.row);
-  return true;
-}
-
-// The ranks-th largest of every lane, and no other: one insertion per slot.
-Doubles ranked(const Doubles* x, int64_t slots, int64_t ranks) {
-  Doubles top[kRanksAtOnce];
-  for (int64_t r = 0; r < ranks; ++r) top[r] = Doubles{} - __builtin_inf();
-  for (int64_t s = 0; s < slots; ++s) insert<double>(x[s], top, ranks);
-  return top[ranks - 1];
-}
-
-// W columns from their lists. Adds to `again` those that these do not decide, with the bound that they give.
-bool finish(const SemidualColumns& t, int64_t j, int64_t columns, int64_t* again, int64_t& agains) {
-  const ColumnScan& s = t.scan;
-  int64_t count[W] = {}, slots = 0;
-  Doubles *x = reinterpret_cast<Doubles*>(t.value), scaled = {};
-  for (int64_t l = 0; l < columns; ++l) {
-    count[l] = s.count[j + l] < s.capacity ? s.count[j + l] : s.capacity;
-    slots = count[l] > slots ? count[l] : slots;
-    scaled[l] = t.scaled_mass[j + l];
-  }
-  const bool alone = slots > t.max_nz && t.max_nz > kRanksAtOnce;
-  const int64_t most = slots > 0 ? slots : 1;
-  for (int64_t r = 0; r < most; ++r) x[r] = Doubles{} - __builtin_inf();
-  for (int64_t l = 0; l < columns; ++l) {
-    const double* value = s.value + (j + l) * s.capacity;
-    double* to = reinterpret_cast<double*>(x) + l;
-    for (int64_t r = 0; r < count[l]; ++r) to[r * W] = value[r];
-  }
-  uint64_t bad = 0;
-  for (int64_t r = 0; r < most; ++r) bad |= not_below(x[r], Doubles{} + __builtin_inf());
-  if (bad) return false;  // NaN, or an infinite gain
-  Doubles least = Doubles{} + __builtin_inf(), omega = {}, size = {};
-  if (slots > t.max_nz && !alone) {
-    const Doubles enough = ranked(x, most, t.max_nz);
-    for (int64_t r = 0; r < most; ++r) {
-      size += x[r] >= enough ? Doubles{} + 1 : Doubles{};
-      x[r] = x[r] >= enough ? x[r] : Doubles{} - __builtin_inf();
-    }
-  }
-  Thresholds found = {};
-  if (!alone) {
-    found = threshold(x, most, scaled);
-    for (int64_t r = 0; r < most; ++r) {
-      least = (x[r] < least) & (x[r] > -__builtin_inf()) ? x[r] : least;
-      const Doubles y = x[r] - found.largest, weight = greater((y - found.tau) / t.reg, Doubles{});
-      omega += y > found.tau ? weight * (y - .5 * t.reg * weight) : Doubles{};
-      x[r] = weight;
-    }
-  }
-  for (int64_t l = 0; l < columns; ++l) {
-    const int64_t c = j + l, all = s.count[c];
-    int32_t* row = s.index + c * s.capacity;
-    ProjectedColumn p;
-    // Mass of 0, and more than max_nz entries where the last ones are equal, are left to the scalar code.
-    const bool scalar = alone || !(t.b[c] > 0) || count[l] == 0 || (count[l] > t.max_nz && size[l] > double(t.max_nz));
-    if (scalar) {
-      p = project_column(s.value + c * s.capacity, row, count[l], t.max_nz, t.reg, t.b[c]);
-    } else {
-      p = {0, found.largest[l] + found.tau[l], count[l] < t.max_nz ? -__builtin_inf() : least[l],
-           omega[l] + t.b[c] * found.largest[l]};
-    }
-    if (all > s.capacity || !(p.tau >= s.low[c] || p.smallest > s.low[c])) {
-      s.low[c] = below(p.tau > p.smallest ? p.tau : p.smallest);  // what was found is a set of entries
-      again[agains++] = c;
-      continue;
-    }
-    if (scalar) {
-      store(t, c, p, s.value + c * s.capacity, row);
-      continue;
-    }
-    const double* weight = reinterpret_cast<const double*>(x) + l;
-    int64_t* index_out = t.index + c * t.width;
-    double* weight_out = t.weight + c * t.width;
-    for (int64_t r = 0; r < count[l]; ++r) {
-      if (p.kept < t.width) index_out[p.kept] = row[r], weight_out[p.kept] = weight[r * W];
-      p.kept += weight[r * W] > 0;
-    }
-    for (int64_t r = p.kept; r < t.width; ++r) index_out[r] = 0, weight_out[r] = 0;
-    if (p.kept > t.width)
-      for (int64_t r = 0; r < t.width; ++r) weight_out[r] = __builtin_nan("");
-    t.kept[c] = p.kept;
-    t.tau[c] = p.tau;
-    t.omega[c] = p.value;
-  }
-  return true;
-}
-
-// Whether these columns' bounds let few entries pass: not so where alpha has moved far.
-bool serve(const ColumnScan& s, int64_t begin, int64_t end) {
-  scan_columns(s, begin, end);
-  int64_t full = 0;
-  for (int64_t j = begin; j < end; ++j) full += s.count[j] > s.capacity / 2;
-  return 4 * full < end - begin;
+  int64_t none = 0;
+  return finish(t, j, 1, t.value, t.row, t.scan.cost.n, &count, nullptr, none);
 }
 
 }  // namespace
@@ -200,29 +299,30 @@ bool serve(const ColumnScan& s, int64_t begin, int64_t end) {
 int64_t semidual_columns(const SemidualColumns& t, int64_t begin, int64_t end) {
   const ColumnScan& s = t.scan;
   for (int64_t j = begin; j < end; ++j) t.scaled_mass[j] = t.reg * t.b[j];
+  bool scanned = false;
+  double low[kMostColumns];
   if (t.warm_index) {
-    for (int64_t j = begin; j < end; j += W) warm_bounds(t, j, end - j < W ? end - j : W);
-    if (end - begin > kProbe && !serve(s, begin, begin + kProbe)) {
-      double low[kMostColumns];
-      for (int64_t j = begin; j < end; ++j) low[j - begin] = s.low[j];
-      scan_bounds(s, t.scaled_mass, t.max_nz, begin, end);
-      for (int64_t j = begin; j < end; ++j) s.low[j] = s.low[j] > low[j - begin] ? s.low[j] : low[j - begin];
-    }
-  } else {
+    ColumnScan warm = s;
+    warm.most = 4 * warm_bounds(t, begin, end) + 16 * (end - begin);
+    for (int64_t j = begin; j < end; ++j) low[j - begin] = s.low[j];
+    scanned = scan_columns(warm, begin, end);  // no: alpha has moved far
+  }
+  if (!scanned) {
     scan_bounds(s, t.scaled_mass, t.max_nz, begin, end);
+    for (int64_t j = begin; j < end; ++j)
+      if (t.warm_index && low[j - begin] > s.low[j]) s.low[j] = low[j - begin];
+    scan_columns(s, begin, end);
   }
   int64_t again[kMostColumns], agains = 0;
-  scan_columns(s, begin, end);
   for (int64_t j = begin; j < end; j += W)
     if (!finish(t, j, end - j < W ? end - j : W, again, agains)) return j;
   for (int pass = 0; pass < 3 && agains >= kManyAgain; ++pass) {
-    double low[kMostColumns];
     const int64_t before = agains;
     for (int64_t k = 0; k < before; ++k) low[k] = s.low[again[k]];
     if (pass == 0) scan_bounds(s, t.scaled_mass, t.max_nz, begin, end);
     for (int64_t j = begin, k = 0; j < end; ++j) {
       if (k == before || again[k] != j)
-        s.low[j] = __builtin_inf();  // done
+        s.low[j] = kInfinity;  // done
       else if (!(s.low[j] > low[k++]) || pass > 0)
         s.low[j] = low[k - 1];
     }
