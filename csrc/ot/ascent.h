@@ -90,7 +90,7 @@ GRADOPS_TEAM bool smooth_evaluate(Team& team, const Transport& t, TransportState
         lanes.wait();
         const double* weight = e.e.weight + j * t.capacity;
         const int32_t* row = e.e.support + j * t.capacity;
-        lanes.each(e.e.count[j], [&](int64_t k) { sum[row[k]] += weight[k]; });
+        lanes.add_at(e.e.count[j], row, [&](int64_t k) { return weight[k]; }, sum);
         lanes.wait();
       },
       [&](int64_t i, double sum) { return t.a[i] - sum; }, e.e.grad);
@@ -110,7 +110,7 @@ GRADOPS_TEAM void smooth_degree(Team& team, const Transport& t, const TransportS
       [&](int64_t j, const auto& lanes, double* sum) {
         const double *weight = e.e.weight + j * t.capacity, theta = e.theta[j];
         const int32_t* row = e.e.support + j * t.capacity;
-        lanes.each(e.e.count[j], [&](int64_t k) { sum[row[k]] += w.slope(weight[k], theta); });
+        lanes.add_at(e.e.count[j], row, [&](int64_t k) { return w.slope(weight[k], theta); }, sum);
         lanes.wait();
       },
       [](int64_t, double sum) { return sum; }, degree);

@@ -79,7 +79,7 @@ GRADOPS_TEAM Certificate certify(Team& team, const Transport& t, const Transport
         shrunk(j, lanes);
         const double *weight = e.weight + j * t.capacity, factor = column_factor[j];
         const int32_t* row = e.support + j * t.capacity;
-        lanes.each(e.count[j], [&](int64_t k) { sum[row[k]] += weight[k] * row_factor[row[k]] * factor; });
+        lanes.add_at(e.count[j], row, [&](int64_t k) { return weight[k] * row_factor[row[k]] * factor; }, sum);
         lanes.wait();
       },
       [&](int64_t i, double sum) { return t.a[i] > sum ? t.a[i] - sum : 0.; }, row_rest);

@@ -73,7 +73,7 @@ GRADOPS_TEAM void project(const Lanes& lanes, const Transport& t, const Transpor
   }
   lanes.wait();
   int64_t number;
-  const double tau = threshold(lanes, count, [=](int64_t k) { return x[k]; }, reg * t.b[j], c.guess[j], number);
+  const double tau = threshold(lanes, count, Values{x}, reg * t.b[j], c.guess[j], number);
   lanes.once([&] {
     e.tau[j] = c.guess[j] = tau, e.count[j] = int32_t(number);
     c.mark[j] = bound > tau ? kListStale : list_length(count, number);
@@ -154,7 +154,7 @@ GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, co
         lanes.wait();
         const double* weight = e.weight + j * t.capacity;
         const int32_t* row = e.support + j * t.capacity;
-        lanes.each(e.count[j], [&](int64_t k) { sum[row[k]] += weight[k]; });
+        lanes.add_at(e.count[j], row, [&](int64_t k) { return weight[k]; }, sum);
         lanes.wait();
       },
       [&](int64_t i, double sum) { return t.a[i] - sum; }, e.grad);
