@@ -4,10 +4,10 @@
 // entries; it has a kink where the k-th and the next value agree. Its conjugate is half of reg times the squared
 // k-support norm (Argyriou, Foygel and Srebro 2012). Subtracting mu/2 |t|^2 there makes omega smooth:
 //   t_i = min((u_i - theta)_+ / mu, (u_i)_+ / (reg + mu)),   u = x - tau,
-// (around a center z, mu/2 |t - z|^2: the same with mu z added to x)
 // with tau such that t sums to b, and theta >= 0 such that sum_i min(1, (u_i - theta)_+ reg / (mu theta)) = k, or 0 if
 // at most k entries are positive. mu -> 0 gives back the k largest; mu -> infinity the quadratic problem. Entries with
-// u_i >= theta (reg + mu) / reg are "full", those between share what is left of k.
+// u_i >= theta (reg + mu) / reg are "full", those between share what is left of k. Around a center z, mu/2 |t - z|^2, it
+// is the same with mu z added to x.
 #pragma once
 #include "ot/evaluate.h"
 
