@@ -2,9 +2,11 @@
 // kinks where the max_nz-th and the next value of a column agree. For any Team; local to the includer.
 //
 //   1. The quadratic problem, roughly. If no support is larger than max_nz, its solution is the answer.
-//   2. Otherwise the smoothed dual (ot/smooth_column.h), mu = reg, reg/4, reg/16, ...: damped semismooth Newton, each
-//      stage from the last one's alpha. Its plan meets the rows, but has some columns with more than max_nz entries
-//      (plan "averaged"): it is the solution of the convex relaxation, whose value bounds the dual from above.
+//   2. Otherwise the smoothed dual (ot/smooth_column.h), by damped semismooth Newton. Smoothing costs mu/2 |t - z|^2,
+//      where z is the last stage's plan: the proximal point method (Rockafellar 1976), whose plans tend to the
+//      relaxation's at any mu. mu falls from reg: fast while stages are rough, then only where a stage gained too
+//      little. The plan meets the rows, but has some columns with more than max_nz entries (plan "averaged"): it is the
+//      solution of the convex relaxation, whose value bounds the dual from above.
 //   3. The alpha with the largest true dual value seen at a stage's end is kept, with its plan of max_nz largest
 //      ("sparse"). Where that plan meets the rows there is no gap: converged. max_nz = 1 on an assignment problem ends
 //      so: its relaxation is the assignment linear program, solved exactly from some mu > 0 on.
@@ -16,17 +18,40 @@
 namespace gradops {
 namespace {
 
+// What the smoothing adds to the candidates' alpha_i - c_ij, left in x: mu times their entry in the center. Returns how
+// much at most it would add to one that is no candidate.
+template <class Lanes>
+GRADOPS_TEAM double pull_to_center(const Lanes& lanes, const Transport& t, const Candidates& c,
+                                   const SparseColumns& center, double mu, double* x, int64_t j) {
+  const int64_t at = j * t.capacity;
+  return lanes.sum(center.count[j], [&](int64_t p) {
+    const int64_t k = place_of(c.index + at, c.count[j], center.support[at + p]);
+    const double pull = mu * center.weight[at + p];
+    if (k < 0) return pull;
+    x[k] += pull;
+    return 0.;
+  });
+}
+
+// Levels of column j. Leaves the candidates' alpha_i - c_ij, pulled to the center, in the column's weights, for
+// smooth_fill.
 template <class Lanes>
 GRADOPS_TEAM void smooth_project(const Lanes& lanes, const Transport& t, const TransportState& s, const AscentState& a,
                                  const double* alpha, const Smoothing& w, const SmoothEvaluation& e, int64_t j) {
   const Candidates& c = s.lists;
   const int64_t at = j * t.capacity, count = c.count[j];
-  const auto x = [=](int64_t k) { return alpha[c.index[at + k]] - c.cost[at + k]; };
+  const int32_t* index = c.index + at;
+  const double* cost = c.cost + at;
+  double* x = e.e.weight + at;
+  lanes.each(count, [=](int64_t k) { x[k] = alpha[index[k]] - cost[k]; });
+  lanes.wait();
+  const double bound = c.low[j] + c.rise[c.epoch[j] % kEpochs] + pull_to_center(lanes, t, c, a.center, w.mu, x, j);
+  lanes.wait();
   ColumnLevels l{0, 0};
-  if (t.b[j] > 0) l = column_levels(lanes, count, x, w, t.b[j], {a.tau[j], a.theta[j]});
-  const double level = l.tau + l.theta, bound = c.low[j] + c.rise[c.epoch[j] % kEpochs];
+  if (t.b[j] > 0) l = column_levels(lanes, count, Values{x}, w, t.b[j], {a.tau[j], a.theta[j]});
+  const double level = l.tau + l.theta;
   int64_t number;
-  lanes.above(count, x, level, number);
+  lanes.above(count, Values{x}, level, number);
   lanes.once([&] {
     e.e.tau[j] = a.tau[j] = l.tau, e.theta[j] = a.theta[j] = l.theta;
     e.level[j] = c.guess[j] = level;
@@ -35,10 +60,11 @@ GRADOPS_TEAM void smooth_project(const Lanes& lanes, const Transport& t, const T
 }
 
 template <class Lanes>
-GRADOPS_TEAM void smooth_fill(const Lanes& lanes, const Transport& t, const TransportState& s, const double* alpha,
-                              const Smoothing& w, const SmoothEvaluation& e, int64_t j) {
+GRADOPS_TEAM void smooth_fill(const Lanes& lanes, const Transport& t, const TransportState& s, const Smoothing& w,
+                              const SmoothEvaluation& e, int64_t j) {
   const Candidates& c = s.lists;
   const int64_t at = j * t.capacity, count = c.count[j];
+  const int32_t* index = c.index + at;
   double* weight = e.e.weight + at;
   int32_t* row = e.e.support + at;
   if (!(t.b[j] > 0)) {
@@ -46,7 +72,7 @@ GRADOPS_TEAM void smooth_fill(const Lanes& lanes, const Transport& t, const Tran
     return;
   }
   const double tau = e.e.tau[j], theta = e.theta[j];
-  const auto load = [=](int64_t k) { return Entry{c.index[at + k], alpha[c.index[at + k]] - c.cost[at + k]}; };
+  const auto load = [=](int64_t k) { return Entry{index[k], weight[k]}; };
   int64_t kept = lanes.keep(
       count, load, [=](Entry v) { return v.x - tau > theta; },
       [=](Entry v, int64_t place) { row[place] = v.row, weight[place] = w.entry(v.x - tau, theta); });
@@ -77,20 +103,19 @@ GRADOPS_TEAM bool smooth_evaluate(Team& team, const Transport& t, TransportState
   const double stale = team.sum(m, [&](int64_t j) { return c.mark[j] == kListStale ? 1. : 0.; });
   const double longs = team.sum(m, [&](int64_t j) { return c.mark[j] == kListLong ? 1. : 0.; });
   if (stale > 0 || longs * 8 > double(m)) {
-    if (!refresh(team, t, s, alpha, w.reg)) return false;
-    if (stale > 0)
-      team.columns(m, work, [&](int64_t j, const auto& lanes) {
-        if (c.mark[j] == kListStale) smooth_project(lanes, t, s, a, alpha, w, e, j);
-      });
+    if (!refresh(team, t, s, alpha, w.reg, w.mu)) return false;
+    team.columns(m, work, [&](int64_t j, const auto& lanes) {  // lists have changed
+      if (c.mark[j] != kListGood) smooth_project(lanes, t, s, a, alpha, w, e, j);
+    });
   }
   scatter(
       team, t, s, 4 * s.list_work,
       [&](int64_t j, const auto& lanes, double* sum) {
-        smooth_fill(lanes, t, s, alpha, w, e, j);
+        smooth_fill(lanes, t, s, w, e, j);
         lanes.wait();
         const double* weight = e.e.weight + j * t.capacity;
         const int32_t* row = e.e.support + j * t.capacity;
-        lanes.each(e.e.count[j], [&](int64_t k) { sum[row[k]] += weight[k]; });
+        lanes.add_at(e.e.count[j], row, [&](int64_t k) { return weight[k]; }, sum);
         lanes.wait();
       },
       [&](int64_t i, double sum) { return t.a[i] - sum; }, e.e.grad);
@@ -110,7 +135,7 @@ GRADOPS_TEAM void smooth_degree(Team& team, const Transport& t, const TransportS
       [&](int64_t j, const auto& lanes, double* sum) {
         const double *weight = e.e.weight + j * t.capacity, theta = e.theta[j];
         const int32_t* row = e.e.support + j * t.capacity;
-        lanes.each(e.e.count[j], [&](int64_t k) { sum[row[k]] += w.slope(weight[k], theta); });
+        lanes.add_at(e.e.count[j], row, [&](int64_t k) { return w.slope(weight[k], theta); }, sum);
         lanes.wait();
       },
       [](int64_t, double sum) { return sum; }, degree);
@@ -207,8 +232,10 @@ GRADOPS_TEAM NewtonEnd smooth_ascend(Team& team, const Transport& t, TransportSt
 // exceeds the sum of its entries, so that the bound needs only the mass that moves, not where to. `far`: no less than
 // any cost.
 template <class Team>
-GRADOPS_TEAM double relaxed_value(Team& team, const Transport& t, const TransportState& s, const double* alpha,
-                                  const Smoothing& w, const SmoothEvaluation& e, double far) {
+GRADOPS_TEAM double relaxed_value(Team& team, const Transport& t, const TransportState& s, const AscentState& a,
+                                  const double* alpha, const Smoothing& w, double far) {
+  const SmoothEvaluation& e = a.now;
+  const SparseColumns& z = a.center;
   const int64_t n = t.cost.n, m = t.cost.m;
   const double linear = team.sum(n, [&](int64_t i) { return t.a[i] > 0 ? alpha[i] * (t.a[i] - e.e.grad[i]) : 0.; });
   double* value = s.columns[0];
@@ -224,9 +251,14 @@ GRADOPS_TEAM double relaxed_value(Team& team, const Transport& t, const Transpor
       const double grad = e.e.grad[row[k]];
       return grad < 0 ? weight[k] * -grad / (t.a[row[k]] - grad) : 0.;
     });
+    const double pulled = lanes.sum(z.count[j], [&](int64_t p) {
+      const int64_t k = place_of(row, count, z.support[j * t.capacity + p]);
+      return k < 0 ? 0. : w.mu * z.weight[j * t.capacity + p] * weight[k];
+    });
     const double norm = __builtin_sqrt(half) + __builtin_sqrt(.5 * w.reg) * moved;
-    lanes.once(
-        [&] { value[j] = count ? norm * norm + (moved > 0 ? far * moved : 0) - product - e.e.tau[j] * t.b[j] : 0.; });
+    lanes.once([&] {
+      value[j] = count ? norm * norm + (moved > 0 ? far * moved : 0) + pulled - product - e.e.tau[j] * t.b[j] : 0.;
+    });
   });
   return linear + team.sum(m, [&](int64_t j) { return value[j]; });
 }
@@ -247,8 +279,7 @@ GRADOPS_TEAM double largest_cost(Team& team, const Transport& t, const Transport
 template <class Team>
 GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState& a) {
   const int64_t n = t.cost.n, m = t.cost.m;
-  constexpr double kRough = 1e-2, kRatio = 4, kFine = 2, kLast = 2.5e-5, kTight = 1e-3, kExact = 1e-7, kEnough = 1e-7,
-                   kFair = 4e-6;
+  constexpr double kRough = 1e-2, kRatio = 4, kFine = 2, kTight = 1. / 16, kLast = 2.5e-5, kExact = 1e-7;
   constexpr int64_t kStage = 300;  // evaluations
   Transport quadratic = t;
   quadratic.max_nz = 0;
@@ -269,24 +300,26 @@ GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState
   t.b = s.columns[3];
   const NewtonVectors v = newton_vectors(s);
   a.now.e = s.now, a.trial.e = s.trial;
-  team.each(m, [&](int64_t j) { a.tau[j] = s.now.tau[j], a.theta[j] = 0; });
+  team.each(m, [&](int64_t j) { a.tau[j] = s.now.tau[j], a.theta[j] = a.center.count[j] = 0; });
   const double far = largest_cost(team, t, s);
   double upper = kInfinity, best = -kInfinity, mu = t.reg;
-  // Beyond kLast smoothing costs less than 1e-5 of the dual value; with one entry per column the relaxation is a
-  // linear program, and mu has to become as small as its vertices ask for.
-  const double last = t.reg * (t.max_nz == 1 ? kExact : kLast);
+  // With one entry per column the relaxation is a linear program: its vertices are found exactly, or not at all.
+  const double last = t.reg * (t.max_nz == 1 ? kExact : kLast), enough = t.max_nz == 1 ? 1e-9 : 4e-6;
+  double missing = kInfinity;  // from the bound, last time
   TransportStatus status = TransportStatus::stagnated;
-  for (bool more = true; more; mu /= mu <= kTight * t.reg ? kFine : kRatio) {
+  for (bool more = true; more;) {
     const Smoothing w{t.reg, mu, double(t.max_nz)};
-    const bool final = mu <= last;
+    const bool tight = mu <= kTight * t.reg, final = mu <= last;
     const int64_t limit = s.evaluations + kStage < t.max_iter ? s.evaluations + kStage : t.max_iter;
     NewtonEnd end = smooth_evaluate(team, t, s, a, v.alpha, w, a.now) ? NewtonEnd::reached : NewtonEnd::overflow;
     const double rough = a.now.e.residual < 4 * kRough * s.mass ? a.now.e.residual / 4 : kRough * s.mass;
-    const double goal = mu <= kTight * t.reg ? 0 : rough;
-    if (end == NewtonEnd::reached)
-      end = smooth_ascend(team, t, s, a, w, goal > s.mass * t.tol ? goal : s.mass * t.tol, limit);
+    // Rows that are off by |grad|_1 cost the bound at most that times the largest cost. Rounding ends it before.
+    const double fine = enough / 4 * __builtin_fabs(upper) / far, loose = s.mass * t.tol;
+    const double exact = 1e-12 * s.mass + 0x1p-52 * double(m) * s.spread / mu;
+    const double least = fine < loose ? (fine > exact ? fine : exact) : loose, goal = tight ? least : rough;
+    if (end == NewtonEnd::reached) end = smooth_ascend(team, t, s, a, w, goal > least ? goal : least, limit);
     if (end == NewtonEnd::overflow) return give_up(team, t, s, TransportStatus::overflow);
-    const double bound = relaxed_value(team, t, s, v.alpha, w, a.now, far);
+    const double bound = relaxed_value(team, t, s, a, v.alpha, w, far);
     upper = bound < upper ? bound : upper;
     Evaluation plain = a.trial.e;
     if (!evaluate(team, t, s, v.alpha, t.reg, plain)) return give_up(team, t, s, TransportStatus::overflow);
@@ -298,7 +331,17 @@ GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState
     if (met) status = TransportStatus::converged, upper = best;
     if (s.evaluations >= t.max_iter && !met) status = TransportStatus::iteration_limit;
     const double raw = __builtin_fabs(upper + s.shift * s.mass), size = raw < upper ? raw : upper;
-    more = !met && !final && s.evaluations < t.max_iter && upper - best > (t.max_nz > 1 ? kFair : kEnough) * size;
+    more = !met && !final && s.evaluations < t.max_iter && upper - best > enough * size;
+    if (more) {
+      if (!tight)
+        mu /= kRatio;
+      else if (upper - best > .5 * missing)
+        mu /= kFine;
+      if (tight) missing = upper - best;
+      const SparseColumns last = {a.now.e.support, a.now.e.weight, a.now.e.count};
+      a.now.e.support = a.center.support, a.now.e.weight = a.center.weight, a.now.e.count = a.center.count;
+      a.center = last;
+    }
   }
 
   const double ties = team.sum(m, [&](int64_t j) { return double(a.now.e.count[j] > t.max_nz); });

@@ -61,9 +61,10 @@ GRADOPS_TEAM void open_epoch(Team& team, const Transport& t, TransportState& s, 
 }
 
 // Scans the stale columns and shortens the long lists. What a list keeps beyond the support lets alpha move: here as
-// much as the support's own height.
+// much as the support's own height, and by `spare` times the column's mass besides.
 template <class Team>
-GRADOPS_TEAM bool refresh(Team& team, const Transport& t, TransportState& s, const double* alpha, double reg) {
+GRADOPS_TEAM bool refresh(Team& team, const Transport& t, TransportState& s, const double* alpha, double reg,
+                          double spare) {
   const int64_t n = t.cost.n, m = t.cost.m;
   const bool cold = s.lists.newest < 0;
   open_epoch(team, t, s, alpha);
@@ -87,7 +88,7 @@ GRADOPS_TEAM bool refresh(Team& team, const Transport& t, TransportState& s, con
       const int64_t at = j * t.capacity;
       const auto x = [=](int64_t k) { return alpha[c.index[at + k]] - c.cost[at + k]; };
       const double level = c.guess[j], top = lanes.largest(c.count[j], x), height = top - level;
-      const double low = level - (height > 0 ? height : 0) - 1e-14 * __builtin_fabs(level) - slack;
+      const double low = level - (height > 0 ? height : 0) - spare * t.b[j] - 1e-14 * __builtin_fabs(level) - slack;
       if (c.mark[j] == kListStale) {
         lanes.once([&] { c.scan_low[j] = low - s.shift, c.low[j] = low + slack; });
         return;
@@ -109,7 +110,7 @@ GRADOPS_TEAM bool refresh(Team& team, const Transport& t, TransportState& s, con
     if (cold) return false;
     team.each(m, [&](int64_t j) {
       if (crowded(j) > 0) {
-        c.low[j] = c.guess[j] - 1e-14 * __builtin_fabs(c.guess[j]);
+        c.low[j] = c.guess[j] - spare * t.b[j] - 1e-14 * __builtin_fabs(c.guess[j]);
         c.scan_low[j] = c.low[j] - slack - s.shift;
       }
     });

@@ -18,16 +18,8 @@ template <class State>
 GRADOPS_TEAM double fill_value(const Transport& t, const State& s, const Evaluation& e, const double* row_factor,
                                const double* column_factor, int64_t i, int64_t j, double q) {
   const int32_t* row = e.support + j * t.capacity;
-  double before = 0;
-  int64_t low = 0, high = e.count[j];
-  while (low < high) {  // rows ascend
-    const int64_t middle = (low + high) / 2;
-    if (row[middle] < i)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  if (low < e.count[j] && row[low] == i) before = e.weight[j * t.capacity + low] * row_factor[i] * column_factor[j];
+  const int64_t at = j * t.capacity, place = place_of(e.support + at, e.count[j], i);
+  const double before = place < 0 ? 0. : e.weight[at + place] * row_factor[i] * column_factor[j];
   return q * (cost_at(t.cost, i, j) - s.shift) + .5 * t.reg * q * (2 * before + q);
 }
 
@@ -79,7 +71,7 @@ GRADOPS_TEAM Certificate certify(Team& team, const Transport& t, const Transport
         shrunk(j, lanes);
         const double *weight = e.weight + j * t.capacity, factor = column_factor[j];
         const int32_t* row = e.support + j * t.capacity;
-        lanes.each(e.count[j], [&](int64_t k) { sum[row[k]] += weight[k] * row_factor[row[k]] * factor; });
+        lanes.add_at(e.count[j], row, [&](int64_t k) { return weight[k] * row_factor[row[k]] * factor; }, sum);
         lanes.wait();
       },
       [&](int64_t i, double sum) { return t.a[i] > sum ? t.a[i] - sum : 0.; }, row_rest);

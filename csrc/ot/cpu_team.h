@@ -66,6 +66,41 @@ struct CpuLanes {  // one lane
     number = int64_t(c);
     return s;
   }
+#if defined(__AVX512F__)
+  double above(int64_t count, const Values& x, double level, int64_t& number) const {
+    const __m512d floor = _mm512_set1_pd(level), zero = _mm512_setzero_pd();
+    __m512d sums[2] = {zero, zero};
+    int64_t c = 0, k = 0;
+    const auto add = [&](__m512d v, __mmask8 there, __m512d& s) {
+      v = _mm512_sub_pd(v, floor);
+      const __mmask8 wanted = _mm512_mask_cmp_pd_mask(there, v, zero, _CMP_GT_OQ);
+      s = _mm512_mask_add_pd(s, wanted, s, v);
+      c += __builtin_popcount(wanted);
+    };
+    for (; k + 16 <= count; k += 16) {
+      add(_mm512_loadu_pd(x.first + k), 0xff, sums[0]);
+      add(_mm512_loadu_pd(x.first + k + 8), 0xff, sums[1]);
+    }
+    for (; k < count; k += 8) {
+      const __mmask8 there = k + 8 <= count ? 0xff : __mmask8((1 << (count - k)) - 1);
+      add(_mm512_maskz_loadu_pd(there, x.first + k), there, sums[0]);
+    }
+    number = c;
+    return _mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1]));
+  }
+#endif
+  double sum_at(int64_t count, const double* x, const int32_t* at) const {
+    double s[4] = {};
+    int64_t k = 0;
+    for (; k + 4 <= count; k += 4) s[0] += x[at[k]], s[1] += x[at[k + 1]], s[2] += x[at[k + 2]], s[3] += x[at[k + 3]];
+    for (; k < count; ++k) s[0] += x[at[k]];
+    return (s[0] + s[1]) + (s[2] + s[3]);
+  }
+  template <class F>
+  void add_at(int64_t count, const int32_t* at, const F& f, double* to) const {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < count; ++k) to[at[k]] += f(k);  // vectors would have to be taken apart
+  }
   template <class L, class W, class P>
   int64_t keep(int64_t count, const L& load, const W& wanted, const P& put) const {
     int64_t place = 0;
@@ -87,9 +122,17 @@ struct CpuLanes {  // one lane
 // ot/evaluate.h has it for any lanes; this one packs eight entries at a time.
 inline int64_t keep_above(const CpuLanes&, int64_t count, const int32_t* index, double* x, double level, int32_t* row) {
   const __m512d floor = _mm512_set1_pd(level);
-  int64_t place = 0;
-  for (int64_t k = 0; k < count; k += 8) {
-    const __mmask8 there = k + 8 <= count ? 0xff : __mmask8((1 << (count - k)) - 1);
+  int64_t place = 0, k = 0;
+  for (; k + 8 <= count; k += 8) {  // whole vectors are stored: what is behind the wanted ones is read already
+    const __m512d v = _mm512_sub_pd(_mm512_loadu_pd(x + k), floor);
+    const __mmask8 wanted = _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_GT_OQ);
+    const __m256i rows = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + k));
+    _mm512_storeu_pd(x + place, _mm512_maskz_compress_pd(wanted, v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + place), _mm256_maskz_compress_epi32(wanted, rows));
+    place += __builtin_popcount(wanted);
+  }
+  if (k < count) {
+    const __mmask8 there = __mmask8((1 << (count - k)) - 1);
     const __m512d v = _mm512_sub_pd(_mm512_maskz_loadu_pd(there, x + k), floor);
     const __mmask8 wanted = _mm512_mask_cmp_pd_mask(there, v, _mm512_setzero_pd(), _CMP_GT_OQ);
     const int number = __builtin_popcount(wanted);

@@ -65,6 +65,13 @@ struct CudaLanes {  // one warp
     number = int64_t(warp_sum(many));
     return warp_sum(s);
   }
+  __device__ double sum_at(int64_t count, const double* x, const int32_t* at) const {
+    return sum(count, [=](int64_t k) { return x[at[k]]; });
+  }
+  template <class F>
+  __device__ void add_at(int64_t count, const int32_t* at, const F& f, double* to) const {
+    each(count, [&](int64_t k) { to[at[k]] += f(k); });
+  }
   // A lane reads before any lane writes, 32 entries at a time: entries may move to the front of their own array.
   template <class L, class W, class P>
   __device__ int64_t keep(int64_t count, const L& load, const W& wanted, const P& put) const {

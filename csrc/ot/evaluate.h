@@ -12,6 +12,19 @@ struct Entry {
   double x;
 };
 
+// Where `row` is among ascending rows, or -1.
+GRADOPS_TEAM int64_t place_of(const int32_t* rows, int64_t count, int64_t row) {
+  int64_t low = 0, high = count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (rows[middle] < row)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low < count && rows[low] == row ? low : -1;
+}
+
 // Moves the x(k) > level, less level, to the front of x and their rows to `row`, in order; how many.
 template <class Lanes>
 GRADOPS_TEAM int64_t keep_above(const Lanes& lanes, int64_t count, const int32_t* index, double* x, double level,
@@ -73,7 +86,7 @@ GRADOPS_TEAM void project(const Lanes& lanes, const Transport& t, const Transpor
   }
   lanes.wait();
   int64_t number;
-  const double tau = threshold(lanes, count, [=](int64_t k) { return x[k]; }, reg * t.b[j], c.guess[j], number);
+  const double tau = threshold(lanes, count, Values{x}, reg * t.b[j], c.guess[j], number);
   lanes.once([&] {
     e.tau[j] = c.guess[j] = tau, e.count[j] = int32_t(number);
     c.mark[j] = bound > tau ? kListStale : list_length(count, number);
@@ -142,7 +155,7 @@ GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, co
   const double stale = team.sum(m, [&](int64_t j) { return c.mark[j] == kListStale ? 1. : 0.; });
   const double longs = team.sum(m, [&](int64_t j) { return c.mark[j] == kListLong ? 1. : 0.; });
   if (stale > 0 || longs * 8 > double(m)) {
-    if (!refresh(team, t, s, alpha, reg)) return false;
+    if (!refresh(team, t, s, alpha, reg, 0.)) return false;
     team.columns(m, work, [&](int64_t j, const auto& lanes) {  // lists have changed
       if (c.mark[j] != kListGood) project(lanes, t, s, alpha, reg, e, j);
     });
@@ -154,7 +167,7 @@ GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, co
         lanes.wait();
         const double* weight = e.weight + j * t.capacity;
         const int32_t* row = e.support + j * t.capacity;
-        lanes.each(e.count[j], [&](int64_t k) { sum[row[k]] += weight[k]; });
+        lanes.add_at(e.count[j], row, [&](int64_t k) { return weight[k]; }, sum);
         lanes.wait();
       },
       [&](int64_t i, double sum) { return t.a[i] - sum; }, e.grad);

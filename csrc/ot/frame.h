@@ -16,7 +16,13 @@ GRADOPS_TEAM TransportStatus begin(Team& team, Transport& t, TransportState& s) 
   const double empty = team.sum(m, [&](int64_t j) { return t.b[j] > 0 ? 0. : 1.; });
   team.columns(n, m, [&](int64_t i, const auto& lanes) {
     const auto cost = [&](int64_t j) { return cost_at(t.cost, i, j); };
-    double low, high, sum = lanes.span(m, cost, low, high), number = double(m), wrong = 0;
+    double low, high, sum, number = double(m), wrong = 0;
+    if (t.cost.matrix && t.cost.element == Element::f32) {  // mostly; a loop without cases
+      const float* row = static_cast<const float*>(t.cost.matrix) + i * m;
+      sum = lanes.span(m, [=](int64_t j) { return double(row[j]); }, low, high);
+    } else {
+      sum = lanes.span(m, cost, low, high);
+    }
     if (empty > 0 || !(sum - sum == 0)) {
       const auto counts = [&](int64_t j) { return t.b[j] > 0 && cost(j) < kInfinity; };
       wrong = lanes.sum(m, [&](int64_t j) { return cost(j) > -kInfinity ? 0. : 1.; });  // NaN, -infinity

@@ -13,7 +13,7 @@ GRADOPS_TEAM void laplacian_degree(Team& team, const Transport& t, const Transpo
       team, t, s, e.work,
       [&](int64_t j, const auto& lanes, double* sum) {
         const int32_t* row = e.support + j * t.capacity;
-        lanes.each(e.count[j], [&](int64_t k) { sum[row[k]] += 1; });
+        lanes.add_at(e.count[j], row, [&](int64_t k) { return 1; }, sum);
         lanes.wait();
       },
       [](int64_t, double sum) { return sum; }, degree);
@@ -29,8 +29,8 @@ GRADOPS_TEAM void laplacian_apply(Team& team, const Transport& t, const Transpor
         const int32_t* row = e.support + j * t.capacity;
         const int64_t count = e.count[j];
         if (count == 0) return;
-        const double mean = lanes.sum(count, [&](int64_t k) { return v[row[k]]; }) / double(count);
-        lanes.each(count, [&](int64_t k) { sum[row[k]] += mean; });
+        const double mean = lanes.sum_at(count, v, row) / double(count);
+        lanes.add_at(count, row, [&](int64_t k) { return mean; }, sum);
         lanes.wait();
       },
       [&](int64_t i, double sum) { return (degree[i] + lam) * v[i] - sum; }, out);

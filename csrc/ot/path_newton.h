@@ -90,7 +90,7 @@ GRADOPS_TEAM void predict(Team& team, const Transport& t, TransportState& s, dou
       [&](int64_t j, const auto& lanes, double* sum) {
         const double *weight = e.weight + j * t.capacity, even = t.b[j] / double(e.count[j]);
         const int32_t* row = e.support + j * t.capacity;
-        lanes.each(e.count[j], [&](int64_t k) { sum[row[k]] += weight[k] - even; });
+        lanes.add_at(e.count[j], row, [&](int64_t k) { return weight[k] - even; }, sum);
         lanes.wait();
       },
       [](int64_t, double sum) { return sum; }, v.rhs);

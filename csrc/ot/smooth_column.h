@@ -6,7 +6,8 @@
 //   t_i = min((u_i - theta)_+ / mu, (u_i)_+ / (reg + mu)),   u = x - tau,
 // with tau such that t sums to b, and theta >= 0 such that sum_i min(1, (u_i - theta)_+ reg / (mu theta)) = k, or 0 if
 // at most k entries are positive. mu -> 0 gives back the k largest; mu -> infinity the quadratic problem. Entries with
-// u_i >= theta (reg + mu) / reg are "full", those between share what is left of k.
+// u_i >= theta (reg + mu) / reg are "full", those between share what is left of k. Around a center z, mu/2 |t - z|^2, it
+// is the same with mu z added to x.
 #pragma once
 #include "ot/evaluate.h"
 

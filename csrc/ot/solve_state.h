@@ -12,10 +12,18 @@ struct SmoothEvaluation {
   double* level;         // m: tau + theta, above which a column has entries
 };
 
+// A plan, as those of evaluations.
+struct SparseColumns {
+  int32_t* support;  // m x capacity
+  double* weight;    // m x capacity
+  int32_t* count;    // m
+};
+
 struct AscentState {
   SmoothEvaluation now, trial;
   double *tau, *theta;  // m: guesses
-  double* best;         // n: the alpha to return
+  SparseColumns center;
+  double* best;  // n: the alpha to return
 };
 
 struct SolveState {
@@ -37,6 +45,8 @@ GRADOPS_TEAM void plan_solve(Carve& carve, const Transport& t, int64_t pieces, S
   for (double** p : vectors) *p = carve.take<double>(t.cost.m);
   s.tau = carve.take<double>(t.cost.m);
   s.theta = carve.take<double>(t.cost.m);
+  s.center = {carve.take<int32_t>(t.cost.m * t.capacity), carve.take<double>(t.cost.m * t.capacity),
+              carve.take<int32_t>(t.cost.m)};
   s.best = carve.take<double>(t.cost.n);
 }
 

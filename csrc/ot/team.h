@@ -17,6 +17,8 @@
 //   lanes.span(count, f, least, most) -> double       the sum, the smallest and the largest of f(k); NaN may hide in
 //                                                     the last two
 //   lanes.above(count, x, level, number) -> double    sum of x(k) - level over x(k) > level; number: how many
+//   lanes.sum_at(count, x, at) -> double              sum of x[at[k]]
+//   lanes.add_at(count, at, f, to)                    to[at[k]] += f(k); the at[k] differ
 //   lanes.keep(count, load, wanted, put) -> int64_t   put(v, place) of the wanted v = load(k), in order; how many. It
 //                                                     may move entries to the front of their own array
 //   lanes.once(f)                                     one lane, then all wait
@@ -30,3 +32,15 @@
 #else
 #define GRADOPS_TEAM inline
 #endif
+#include <cstdint>
+
+namespace gradops {
+namespace {
+
+struct Values {  // an array as one of the functions above
+  const double* first;
+  GRADOPS_TEAM double operator()(int64_t k) const { return first[k]; }
+};
+
+}  // namespace
+}  // namespace gradops

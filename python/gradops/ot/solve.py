@@ -55,8 +55,8 @@ def solve(
     ``tol`` and a plan rounded onto both marginals proves the value to ``tol / 1000``.
 
     With ``max_nz`` the semi-dual of the constraint (Liu, Puigcerver and Blondel 2023) has kinks. It is smoothed by a
-    quadratic term on the conjugate, half the squared k-support norm, and maximised by Newton steps while the smoothing
-    falls. Its maximum is that of the convex relaxation: below the natural support (the widest column of the quadratic
+    quadratic term on the conjugate, half the squared k-support norm, around the last plan (the proximal point method)
+    and maximised by Newton steps, again and again. Its maximum is that of the convex relaxation: below the natural support (the widest column of the quadratic
     plan) the plan with ``max_nz`` entries per column in general misses the rows, by ``marginal_err``, however long one
     solves, and the status is ``"stagnated"``. ``value`` is then the relaxation's at a feasible plan: no potentials of
     any method have a dual value above it, so ``gap`` says how far the dual is from its maximum; not how far the plan is
