@@ -222,6 +222,19 @@ def test_large_gradients_share_no_memory_that_is_in_use():
         assert gradient().data_ptr() in places
 
 
+def test_gradients_larger_than_caches():
+    x = logits_of((100_003,), torch.float32) * torch.linspace(0.1, 2, 168)[:, None]  # a row is no whole vectors
+    index = index_of((168,), 100_003)
+
+    def gradient(x, index):
+        x = x.requires_grad_()
+        return torch.autograd.grad(sum(t.sum() for t in selective_log_softmax(x, index, return_=OUTPUTS[:3])), x)[0]
+
+    whole = gradient(x, index)
+    for rows in (slice(0, 3), slice(150, 168)):
+        assert torch.equal(whole[rows], gradient(x.detach()[rows], index[rows]))
+
+
 OPTIONS = [{}, {"temperature": 0.6, "softcap": 3.0}, {"keep": True}, {"keep": True, "renormalize": False}]
 
 
