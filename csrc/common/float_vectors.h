@@ -35,6 +35,25 @@ typedef uint32_t LooseWords __attribute__((vector_size(kVectorBytes), may_alias,
   *reinterpret_cast<LooseFloats*>(x + kWide) = v.b;
 }
 
+// The same past the caches, to x aligned to kVectorBytes: nothing is read first, where the line is not there. Other
+// threads see it after streamed().
+[[gnu::always_inline]] inline void stream(Two v, float* x) {
+#if defined(__AVX512F__)
+  __builtin_ia32_movntps512(x, v.a), __builtin_ia32_movntps512(x + kWide, v.b);
+#elif defined(__AVX2__)
+  __builtin_ia32_movntps256(x, v.a), __builtin_ia32_movntps256(x + kWide, v.b);
+#elif defined(__SSE2__)
+  __builtin_ia32_movntps(x, v.a), __builtin_ia32_movntps(x + kWide, v.b);
+#else
+  store(v, x);
+#endif
+}
+inline void streamed() {
+#if defined(__SSE2__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 [[gnu::always_inline]] inline Two load(const Bf16* x) {
   const Words w = *reinterpret_cast<const LooseWords*>(x);
   return {floats_of(w << 16), floats_of(w & 0xffff0000u)};

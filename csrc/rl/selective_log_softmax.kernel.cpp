@@ -97,7 +97,8 @@ class RowPart {
   // The longest row of additions in float: of a vector's sum over kRow entries, then of these, then of runs.
   static constexpr int64_t kRow = 32 * kPair, kRun = 4 * kRow;
   static constexpr int kRunsInFloat = 8;
-  static constexpr float kFar = 1024;  // no sum of a lane reaches it unless an entry is above the base
+  static constexpr int64_t kAhead = 8192;  // bytes; the processor itself looks less far, and not into the next page
+  static constexpr float kFar = 1024;      // no sum of a lane reaches it unless an entry is above the base
 
   void visit(const T* x, int64_t n) {
     if (!has_base_) {
@@ -127,6 +128,8 @@ class RowPart {
 #pragma GCC unroll 2
       for (int64_t i = row; i < end; i += kPair) {
         const Two v = load(x + i);
+        __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kAhead);
+        if constexpr (sizeof(T) == 4) __builtin_prefetch(reinterpret_cast<const char*>(x + i + kWide) + kAhead);
         add(a, below_(v.a));
         add(b, below_(v.b));
       }

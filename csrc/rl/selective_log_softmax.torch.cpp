@@ -2,7 +2,7 @@
 
 #include <optional>
 
-#include "common/torch_op.h"
+#include "common/kept_result.h"
 
 namespace gradops {
 namespace {
@@ -122,7 +122,7 @@ Tensor selective_log_softmax_backward(const Tensor& logits, const Tensor& index,
                                       double temperature, double softcap) {
   const Scope scope(logits);
   const Inputs in(logits, index, keep_ids, keep_offsets, temperature, softcap);
-  Tensor out = new_like(in.logits);
+  Tensor out = new_result_like(in.logits);
   backward(in, out, lse, entropy, grad_logp, grad_lse, grad_entropy, scope.stream());
   return out;
 }

@@ -4,6 +4,18 @@
 namespace gradops::GRADOPS_ISA {
 namespace {
 
+// Whether the gradient goes past the caches, which it would not fit into: a store need then not read the line first.
+// For 16-bit ones the arithmetic takes as long as that, and gains nothing.
+bool streams(const LogSoftmaxGradTask& t) {
+  constexpr int64_t kLarge = 16 << 20;  // entries
+  return t.element == Element::f32 && t.grad != t.logits && !t.keep_ids && t.rows * t.cols >= kLarge;
+}
+// Entries before the first that may be streamed to
+template <class T>
+int64_t entries_to_boundary(const T* y) {
+  return int64_t(-reinterpret_cast<uintptr_t>(y) % kVectorBytes / sizeof(T));
+}
+
 // p (slope + bend log p) dz/dx, with log p = z - lse = (cap(x) - base) / temperature - rest, so that no digits are lost
 // where logits are large. p = e^-rest e^(...), and the first factor goes into the others.
 template <bool kCapped, bool kBend>
@@ -13,7 +25,8 @@ class GradFloats {
       : cap_(t.softcap),
         base_(all(float(lse * t.temperature))),
         rate_(all(float(1 / (kLn2 * t.temperature)))),
-        inverse_(1 / t.temperature) {
+        inverse_(1 / t.temperature),
+        streams_(streams(t)) {
     const double rest = lse - double(base_[0]) * inverse_, scale = (1 - rest) * inverse_;  // e^-rest: rest is tiny
     slope_ = all(number(scale * (slope - rest * bend))), bend_ = all(number(scale * inverse_ * bend));
   }
@@ -35,6 +48,12 @@ class GradFloats {
   template <class T>
   void run(const T* x, T* y, int64_t n) const {
     int64_t i = 0;
+    if constexpr (sizeof(T) == 4)
+      if (streams_ && entries_to_boundary(y) == 0)
+        for (; i + kPair <= n; i += kPair) {
+          const Two v = load(x + i);
+          stream({(*this)(v.a), (*this)(v.b)}, y + i);
+        }
     for (; i + kPair <= n; i += kPair) {
       const Two v = load(x + i);
       store({(*this)(v.a), (*this)(v.b)}, y + i);
@@ -48,6 +67,7 @@ class GradFloats {
   const Powers powers_{};
   const Floats base_, rate_, lowest_ = all(-200.f) / rate_;
   const double inverse_;
+  const bool streams_;
   Floats slope_, bend_;
 };
 
@@ -115,8 +135,10 @@ void grads_of(const LogSoftmaxGradTask& t, int64_t begin, int64_t end) {
     }
     const Grad grad(t, t.lse[row], slope, bend);
     if (!t.keep_ids) {
-      for (int64_t b = first; b < last; b += kBlock) {
-        const int64_t n = last - b < kBlock ? last - b : kBlock;
+      const int64_t lead = streams(t) ? entries_to_boundary(y + first) : 0;
+      for (int64_t b = first, n; b < last; b += n) {
+        n = b == first && lead ? lead : kBlock;
+        if (n > last - b) n = last - b;
         grad_block(grad, x + b, y + b, n, g, index, targets,
                    [=](int64_t id) { return id >= b && id < b + n ? id - b : -1; });
       }
@@ -152,6 +174,7 @@ void log_softmax_grad(const LogSoftmaxGradTask& t, int64_t begin, int64_t end) {
         const auto f =
             t.grad_entropy ? grads_of<GradFloats<kCapped, true>, T> : grads_of<GradFloats<kCapped, false>, T>;
         f(t, begin, end);
+        if (streams(t)) streamed();
       });
   });
 }

@@ -202,6 +202,39 @@ def test_threads_change_no_bit():
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
 
 
+def test_large_gradients_share_no_memory_that_is_in_use():
+    x, index = logits_of((65, 33_000), torch.float32).requires_grad_(), index_of((65,), 33_000)
+
+    def gradient(factor=1.0):
+        return torch.autograd.grad(factor * selective_log_softmax(x, index).sum(), x)[0]
+
+    first = gradient()
+    want, row, place = first.clone(), first[64], first.data_ptr()
+    del first
+    others = [gradient(2.0) for _ in range(4)]  # a view keeps the memory
+    assert torch.equal(row, want[64]) and all(torch.equal(g, 2 * want) for g in others)
+    del row, others
+    again = [gradient() for _ in range(4)]
+    assert all(torch.equal(g, want) for g in again) and len({g.data_ptr() for g in again}) == 4
+    places = {g.data_ptr() for g in again} | {place}
+    del again
+    if torch.__version__ >= "2.11":
+        assert gradient().data_ptr() in places
+
+
+def test_gradients_larger_than_caches():
+    x = logits_of((100_003,), torch.float32) * torch.linspace(0.1, 2, 168)[:, None]  # a row is no whole vectors
+    index = index_of((168,), 100_003)
+
+    def gradient(x, index):
+        x = x.requires_grad_()
+        return torch.autograd.grad(sum(t.sum() for t in selective_log_softmax(x, index, return_=OUTPUTS[:3])), x)[0]
+
+    whole = gradient(x, index)
+    for rows in (slice(0, 3), slice(150, 168)):
+        assert torch.equal(whole[rows], gradient(x.detach()[rows], index[rows]))
+
+
 OPTIONS = [{}, {"temperature": 0.6, "softcap": 3.0}, {"keep": True}, {"keep": True, "renormalize": False}]
 
 

@@ -72,7 +72,9 @@ def selective_log_softmax(logits: Tensor, index: Tensor, *, temperature: float =
     entropy with True; its code gives log(float32 eps), not -inf, to what is outside the set.
 
     Reads the logits once and allocates no other ``(..., V)`` tensor. The gradient with respect to the logits, for
-    logp, lse and entropy, is one read and one write; a row whose incoming gradients are all 0 is not read.
+    logp, lse and entropy, is one read and one write; a row whose incoming gradients are all 0 is not read. On the CPU,
+    from torch 2.11 on, one of 8 MiB or more takes the memory of one that was freed before, if its size is like; such
+    memory the system may take back when it runs short.
     Second derivatives, forward mode and derivatives of the moments go through plain PyTorch.
 
     Example:
