@@ -2,7 +2,7 @@
 
 #include <optional>
 
-#include "common/torch_op.h"
+#include "common/kept_result.h"
 
 namespace gradops {
 namespace {
@@ -93,7 +93,7 @@ Tensor cross_entropy_backward(const Tensor& z, const Tensor& target, const Tenso
                               int64_t ignore_index, double label_smoothing) {
   const Scope scope(z);
   const Losses in(z, std::nullopt, target, ignore_index, label_smoothing);
-  Tensor out = new_like(in.z);
+  Tensor out = new_result_like(in.z);
   backward(in, lse, out, g, scope.stream());
   return out;
 }
@@ -120,7 +120,7 @@ Tensor cross_entropy_backward_jvp(const Tensor& z, const Tensor& target, const T
                                   double label_smoothing) {
   const Scope scope(z);
   const Losses in(z, z_dot, target, ignore_index, label_smoothing);
-  Tensor out = new_like(in.z);
+  Tensor out = new_result_like(in.z);
   backward_jvp(in, lse, lse_dot, out, g, g_dot, scope.stream());
   return out;
 }
@@ -144,7 +144,7 @@ void product(const Rows& in, const Tensor& scale_in, Tensor& out, void* stream) 
 Tensor softmax_ce_hvp(const Tensor& z, const Tensor& u, const Tensor& scale) {
   const Scope scope(z);
   const Rows in(z, u, "u");
-  Tensor out = new_like(in.z);
+  Tensor out = new_result_like(in.z);
   product(in, scale, out, scope.stream());
   return out;
 }

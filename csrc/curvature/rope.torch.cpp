@@ -1,6 +1,6 @@
 #include "curvature/rope.h"
 
-#include "common/torch_op.h"
+#include "common/kept_result.h"
 
 namespace gradops {
 namespace {
@@ -20,7 +20,7 @@ Tensor rope(const Tensor& x_in, const Tensor& cos_in, const Tensor& sin_in, bool
   same_device(x_in, cos_in, "rope: x and cos");
   same_device(x_in, sin_in, "rope: x and sin");
   const Tensor x = lines(x_in), cos = lines(cos_in), sin = lines(sin_in);
-  Tensor y = new_like(x);
+  Tensor y = new_result_like(x);
   RopeTask t{};
   t.element = element(x, "rope: x");
   t.table = element(cos, "rope: cos");

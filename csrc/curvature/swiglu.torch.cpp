@@ -1,6 +1,6 @@
 #include "curvature/swiglu.h"
 
-#include "common/torch_op.h"
+#include "common/kept_result.h"
 
 namespace gradops {
 namespace {
@@ -43,7 +43,7 @@ class Call {
     add(task.up_dot, up_dot, "up_dot");
   }
   Tensor output(void*& to, bool wanted = true) {
-    Tensor y = wanted ? new_like(gate_) : empty(gate_, {0}, gate_.scalar_type());
+    Tensor y = wanted ? new_result_like(gate_) : empty(gate_, {0}, gate_.scalar_type());
     to = wanted ? y.mutable_data_ptr() : nullptr;
     return y;
   }
