@@ -13,8 +13,9 @@
 namespace gradops {
 namespace {
 
-// Spreads `units` calls over `slots`: they hide, in part, behind the tile unit, and their memory accesses behind the
-// products.
+#if defined(GRADOPS_LEVEL_amx) || defined(GRADOPS_LEVEL_amx_twin)
+
+// Spreads `units` calls over `slots`: vector work hides, in part, behind the tile unit.
 template <class W>
 struct Spread {
   long units, step, due, done;
@@ -27,9 +28,7 @@ struct Spread {
   }
 };
 
-#if defined(GRADOPS_LEVEL_amx) || defined(GRADOPS_LEVEL_amx_twin)
-
-constexpr long kPanelsBeyondL2 = 8;  // of the right operand, for one pass over the left one
+constexpr long kPanelsBeyondL2 = 8;     // of the right operand, for one pass over the left one
 
 // Tiles 0 .. 3 are the result (upper even, upper odd, lower even, lower odd), 4 and 5 the left
 // operand, 6 and 7 the right one.
@@ -122,11 +121,10 @@ template <int N, class W>
 GRADOPS_INLINE inline void multiply(const char* left, const char* right, long n, float* out, long units, W work) {
   constexpr long kChunk = 8 / N;  // 16 KB of the right operand stay in L1 for the four groups of rows
   constexpr long kGroups = 32 / kRows;
-  Spread<W> spread(units, (n + kChunk - 1) / kChunk * kGroups, work);
+  for (long u = 0; u < units; ++u) work(u);  // same ports: spreading would gain nothing
   for (long p0 = 0; p0 < n; p0 += kChunk) {
     const long p1 = p0 + kChunk < n ? p0 + kChunk : n;
     for (long g = 0; g < kGroups; ++g) {
-      spread.next();
       float* rows = out + g * kRows * 32;
       Sums sums;
 #pragma GCC unroll 8
