@@ -31,8 +31,9 @@ struct OuterPairs {
 };
 GRADOPS_DECLARE(void, gram_outer_contract, const OuterPairs&, const void* x, void* g, double* out)
 
-// A part of the gradient of one sample's weight, rows [row, row + rows) and columns [col, col + cols), and of those rows
-// of its bias, to a run of gram_outer_part_size doubles, in an order of its own. packed: gram_outer_packed_size doubles.
+// A part of the gradient of one sample's weight, rows [row, row + rows) and columns [col, col + cols), and of those
+// rows of its bias, to a run of gram_outer_part_size doubles, in an order of its own. packed: gram_outer_packed_size
+// doubles.
 struct OuterPart {
   int64_t row, rows, col, cols;
   bool bias;

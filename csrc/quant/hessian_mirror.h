@@ -6,12 +6,6 @@
 namespace gradops {
 namespace {
 
-constexpr int64_t kMirrorBlock = 64;
-inline int64_t mirror_units(int64_t n) {
-  const int64_t b = (n + kMirrorBlock - 1) / kMirrorBlock;
-  return b * (b + 1) / 2;
-}
-
 template <class A>
 inline Vec<A> load_any(const A* p) {
   Vec<A> v;
@@ -23,7 +17,7 @@ inline void store_any(A* p, Vec<A> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// Rows i to i1 and columns j to j1, to rows j and columns i.
+// Rows i to i1 and columns j to j1, so far as they are below the diagonal, to rows j and columns i.
 template <class A>
 inline void mirror_block(A* h, int64_t n, int64_t i, int64_t i1, int64_t j, int64_t j1) {
   constexpr int W = kLanes<A>;
@@ -39,19 +33,6 @@ inline void mirror_block(A* h, int64_t n, int64_t i, int64_t i1, int64_t j, int6
           for (int64_t b = c; b < c + W && b < j1 && b < a; ++b) h[b * n + a] = h[a * n + b];
       }
     }
-}
-
-// Units: blocks on and below the diagonal, row by row.
-template <class A>
-void mirror_range(A* h, int64_t n, int64_t begin, int64_t end) {
-  int64_t row = 0;
-  while ((row + 1) * (row + 2) / 2 <= begin) ++row;
-  int64_t col = begin - row * (row + 1) / 2;
-  for (int64_t u = begin; u < end; ++u) {
-    const int64_t i = row * kMirrorBlock, j = col * kMirrorBlock;
-    mirror_block(h, n, i, i + kMirrorBlock < n ? i + kMirrorBlock : n, j, j + kMirrorBlock < n ? j + kMirrorBlock : n);
-    if (++col > row) ++row, col = 0;
-  }
 }
 
 }  // namespace

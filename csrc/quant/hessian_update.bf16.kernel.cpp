@@ -158,16 +158,23 @@ struct Sixteen<double> {
 };
 
 // What becomes of the sums of a slice of a block: added to those of the slices before, and after the
-// last of them to h. Rows 2 u and 2 u + 1.
+// last of them to h. Unit u: rows 2 u and 2 u + 1; at the end, the quarters of the mirror image.
 template <class A>
 struct Finish {
+  static constexpr long kUnits = kPairs + 4;
   const float* sums;
   A* total;  // 32 x 32, in order
-  bool first, last;
+  bool first, last, mirror;
   A* h;
-  long n, rows, cols;
+  long n, i, j;
   A beta, scale;
   GRADOPS_INLINE inline void operator()(long u) const {
+    if (u >= kPairs) {
+      const long row = 32 * i + 16 * (u - kPairs >> 1), col = 32 * j + 16 * (u & 1);
+      if (last && mirror) mirror_block(h, n, row, least(row + 16, n), col, least(col + 16, n));
+      return;
+    }
+    const long rows = n - 32 * i, cols = n - 32 * j;
     for (long r = 2 * u; r < 2 * u + 2; ++r) {
       __m512 low, high;
       in_order(sums + 32 * r, low, high);
@@ -177,12 +184,22 @@ struct Finish {
         v.put(total + 32 * r), w.put(total + 32 * r + 16);
       } else if (r < rows) {
         const uint32_t m = first_bits(cols);
-        v.blend(h + r * n, __mmask16(m), beta, scale);
-        if (cols > 16) w.blend(h + r * n + 16, __mmask16(m >> 16), beta, scale);
+        A* const to = h + (32 * i + r) * n + 32 * j;
+        v.blend(to, __mmask16(m), beta, scale);
+        if (cols > 16) w.blend(to + 16, __mmask16(m >> 16), beta, scale);
       }
     }
   }
 };
+
+// Rows 2 u and 2 u + 1 of block (i, j) on their way to L2: they are far apart, so the processor does not see them
+// coming.
+template <class A>
+GRADOPS_INLINE inline void fetch_rows(const A* h, long n, long i, long j, long u) {
+  const char* const at = reinterpret_cast<const char*>(h + (32 * i + 2 * u) * n + 32 * j);
+  for (long b = 0; b < 32 * long(sizeof(A)); b += 64)
+    _mm_prefetch(at + b, _MM_HINT_T1), _mm_prefetch(at + n * long(sizeof(A)) + b, _MM_HINT_T1);
+}
 
 // f(i, j), row panel and column panel, for units begin to end: groups of kGroup row panels; below and
 // on the diagonal only if `lower`.
@@ -202,6 +219,7 @@ void multiply_blocks(const ProductTask& t, const Layout<L, R, A>& c, char* memor
                      long end) {
   const Scratch<A> s(memory);
   const long panel = c.P * L * kPart, plane = c.P * kPart;
+  const bool mirror = t.symmetric() && c.first + c.tokens == t.tokens;
   A* const h = reinterpret_cast<A*>(t.h);
   Finish<A> before{};  // runs during the next slice's products
   long units = 0, now = 0, group = -1;
@@ -223,33 +241,36 @@ void multiply_blocks(const ProductTask& t, const Layout<L, R, A>& c, char* memor
     const long steps = (c.P + c.kSlice - 1) / c.kSlice, slices = c.kAlike ? steps : L * steps;
     for (long k = 0; k < slices; ++k) {
       const long part = k / steps, p = k % steps * c.kSlice;
-      const auto work = [before](long u) GRADOPS_INLINE { before(u); };
-      multiply<R>(left_at(p, part), c.right_at(j) + p * R * kPart, least(c.kSlice, c.P - p), s.sums[now], units, work);
-      before = {s.sums[now],  s.total, k == 0, k + 1 == slices, h + 32 * (i * t.n + j), t.n, t.n - 32 * i,
-                t.n - 32 * j, beta,    scale};
-      units = kPairs, now = 1 - now;
+      const long fetched = kPairs * k / slices, fetch = kPairs * (k + 1) / slices - fetched;
+      const auto work = [=](long u) GRADOPS_INLINE {
+        if (u < units) return before(u);
+        fetch_rows(h, t.n, i, j, fetched + u - units);
+        if (mirror) fetch_rows(h, t.n, j, i, fetched + u - units);
+      };
+      multiply<R>(left_at(p, part), c.right_at(j) + p * R * kPart, least(c.kSlice, c.P - p), s.sums[now], units + fetch,
+                  work);
+      before = {s.sums[now], s.total, k == 0, k + 1 == slices, mirror, h, t.n, i, j, beta, scale};
+      units = before.kUnits, now = 1 - now;
     }
   });
   for (long u = 0; u < units; ++u) before(u);
 }
 
-// Phases: pack and multiply per chunk, and the mirror image at the end.
+// Phases: pack and multiply per chunk.
 template <int L, int R, Element E, class A>
 struct Engine {
   using Chunk = Layout<L, R, A>;
   static long chunks(const ProductTask& t) { return (t.tokens + Chunk::kChunk - 1) / Chunk::kChunk; }
-  static int phases(const ProductTask& t) { return int(2 * chunks(t)) + t.symmetric(); }
+  static int phases(const ProductTask& t) { return int(2 * chunks(t)); }
   static int64_t workspace_bytes(const ProductTask& t) { return Chunk(t, nullptr, 0).bytes(); }
   static int64_t scratch_bytes(const ProductTask& t) {
     return Scratch<A>(nullptr).panels - (char*)nullptr + kGroup * Chunk(t, nullptr, 0).P * L * kPart;
   }
   static int64_t units(const ProductTask& t, int phase) {
-    if (phase == 2 * chunks(t)) return mirror_units(t.n);
     const Chunk c(t, nullptr, phase / 2);
     return phase % 2 == 0 ? c.P : t.symmetric() ? c.S * (c.S + 1) / 2 : c.S * c.S;
   }
   static void run(const ProductTask& t, char* workspace, char* scratch, int phase, int64_t begin, int64_t end) {
-    if (phase == 2 * chunks(t)) return mirror_range(reinterpret_cast<A*>(t.h), t.n, begin, end);
     const Chunk c(t, workspace, phase / 2);
     flushing_denormals([&] {
       if (phase % 2 == 0) {

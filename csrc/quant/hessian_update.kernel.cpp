@@ -110,12 +110,14 @@ void multiply(const ProductTask& t, const Chunk<T>& c, A* sums, A beta, A scale,
             for (int64_t i = 0; i < count; ++i) to[i] = beta * to[i] + scale * from[i];
           }
         }
+    if (t.symmetric() && c.first + c.tokens == t.tokens)
+      mirror_block(h, t.n, p0 * P, p1 * P < t.n ? p1 * P : t.n, q0 * P, q1 * P < t.n ? q1 * P : t.n);
   });
 }
 
-// Phases: pack and multiply per chunk, and the mirror image at the end.
+// Phases: pack and multiply per chunk.
 int64_t chunks(const ProductTask& t) { return ceil_div(t.tokens, kChunk); }
-int phases(const ProductTask& t) { return int(2 * chunks(t)) + t.symmetric(); }
+int phases(const ProductTask& t) { return int(2 * chunks(t)); }
 
 template <class T, class A>
 struct Engine {
@@ -127,14 +129,12 @@ struct Engine {
     return kSide * kPanel<T> * kSide * kPanel<T> * int64_t(sizeof(A));
   }
   static int64_t units(const ProductTask& t, int phase) {
-    if (phase == 2 * chunks(t)) return mirror_units(t.n);
     const Chunk<T> c(t, nullptr, phase / 2);
     if (phase % 2 == 0) return ceil_div(c.tokens, kPackRows);
     const int64_t side = ceil_div(c.panels, kSide);
     return t.symmetric() ? side * (side + 1) / 2 : side * side;
   }
   static void run(const ProductTask& t, char* workspace, char* scratch, int phase, int64_t begin, int64_t end) {
-    if (phase == 2 * chunks(t)) return mirror_range(reinterpret_cast<A*>(t.h), t.n, begin, end);
     const Chunk<T> c(t, workspace, phase / 2);
     if (phase % 2 == 0) {
       with_type(t.element, [&](auto type) {
