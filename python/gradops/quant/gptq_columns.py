@@ -41,7 +41,8 @@ def _gptq_columns(w: Tensor, factor: Tensor, inverse: bool, drift: Tensor | None
 
     tensors = (three(w), three(factor), three(drift), three(scale), three(zero), three(group, 1), three(unit, 0))
     walk = blocks(w.shape[-1], group_size, block_size, fresh and scale is None)
-    out = fresh_like(tensors[0])
+    # Not in huge pages like the workspaces: a machine that has to find hundreds of them anew may take half a second.
+    out = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
     results = [torch.empty_like(out, dtype=torch.uint8), out, out.new_empty(out.shape[:2])]
     found = out.new_empty((*out.shape[:2], 0 if scale is not None else -(-w.shape[-1] // group_size)))
     results += [found, torch.empty_like(found)]
