@@ -124,7 +124,7 @@ def items_together(x: Tensor) -> int:
 
 
 def may_hold(mask: Tensor) -> bool:
-    """False where no element is set and that is known without waiting for a device."""
+    """False where no element is set and that is known without waiting for a device. Within ops only: it branches."""
     return mask.device.type != "cpu" or bool(mask.any())
 
 

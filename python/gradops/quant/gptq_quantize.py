@@ -16,7 +16,6 @@ from ._columns import (
     check_scales,
     check_square,
     column_order,
-    may_hold,
     nvfp4_unit,
     one_block_ahead,
 )  # fmt: skip
@@ -144,7 +143,7 @@ def gptq_quantize(
     u = u.float()
     w = W.detach().reshape(items, rows, n).float()
     empty = dead & (info <= 0)[:, None]
-    if may_hold(empty):
+    if static_groups or grid == "nvfp4":  # something is chosen from w before the walk
         w = w.masked_fill(empty[:, None], 0.0)
     options = (bits, sym, compat == "authors", mse, GRIDS.index(grid), SCALE_DTYPES.index(scale_dtype))
     unit = nvfp4_unit(w) if grid == "nvfp4" else None
@@ -153,10 +152,11 @@ def gptq_quantize(
     if gptaq and D is not None:
         drift = drift_of(_in_order(square(D).float(), order), u, inverse, alpha)
         drift.masked_fill_((info > 0)[:, None, None], 0.0)
-    w = w if order is None else w.take_along_dim(order[:, None], -1)
+    if order is not None:
+        w, empty = w.take_along_dim(order[:, None], -1), empty.take_along_dim(order, -1)
     codes, q, loss, scale, zero = gptq_columns(
-        w, u, inverse, drift, *(given or (None,) * 3), unit, group, block_size, group_params == "fresh", *options,
-        beta if foem else 0.0, pull_across_blocks, compat == "authors",
+        w, empty, u, inverse, drift, *(given or (None,) * 3), unit, group, block_size, group_params == "fresh",
+        *options, beta if foem else 0.0, pull_across_blocks, compat == "authors",
     )  # fmt: skip
     g_idx = (torch.arange(n, device=w.device) // group).expand(items, n)
     if given is not None:
@@ -169,8 +169,7 @@ def gptq_quantize(
         elif given is None:  # groups of neighbours, met in another order
             where = (order[:, ::group] // group).argsort(-1)[:, None].expand(scale.shape)
             scale, zero = scale.take_along_dim(where, -1), zero.take_along_dim(where, -1)
-    q = _nan_where_loss_is_not_finite(q, loss).to(W.dtype)
-    results = codes, scale, zero, g_idx.int(), q, loss, info
+    results = codes, scale, zero, g_idx.int(), q.to(W.dtype), loss, info
     return QuantizedWeight(*(x.reshape((*lead, *x.shape[1:])) for x in results))
 
 
@@ -204,7 +203,7 @@ def rtn_quantize(
                                             0.0, False, False)  # fmt: skip
     if given is not None:
         scale, zero = given[:2]
-    q = _nan_where_loss_is_not_finite(q, loss).to(W.dtype)
+    q = q.masked_fill_(~loss.isfinite()[..., None], torch.nan).to(W.dtype)
     return QuantizedWeight(codes, scale, zero, g_idx.int(), q, loss, loss.new_zeros(w.shape[:-2], dtype=torch.int32))
 
 
@@ -224,11 +223,6 @@ def _check_options(W: Tensor, D: Tensor | None, factor: Tensor | None, desc_act:
     for x, name in ((D, "D"), (factor, "factor")):
         if x is not None:
             check_square(x, name, W)
-
-
-def _nan_where_loss_is_not_finite(q: Tensor, loss: Tensor) -> Tensor:
-    bad = ~loss.isfinite()
-    return q.masked_fill_(bad[..., None], torch.nan) if may_hold(bad) else q
 
 
 def _in_order(x: Tensor, order: Tensor | None) -> Tensor:
