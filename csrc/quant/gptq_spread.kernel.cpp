@@ -1,5 +1,5 @@
 // Loops, from the outside: items, kCols columns, kDepth terms, tiles of kRows rows, panels of kWidth columns. The part
-// of u in work is packed in panels and stays in L2, a panel and the tile's part of e stay in L1, sums in registers.
+// of u in work is packed in panels and stays in L2, the tile's part of e in L1, sums in registers.
 #include "quant/gptq_spread.h"
 
 #include "common/simd.h"
@@ -50,9 +50,10 @@ void pack_right(const T* u, int64_t row, int64_t col, int64_t depth, int64_t col
     }
 }
 
-// R rows of w and a panel's columns. e: rows of kDepth terms.
+// R rows of w and a panel's columns.
 template <class T, int R>
-[[gnu::noinline]] void tile(const T* e, const T* u, int64_t depth, int64_t cols, bool add, T* w, int64_t w_row) {
+[[gnu::noinline]] void tile(const T* e, int64_t e_row, const T* u, int64_t depth, int64_t cols, bool add, T* w,
+                            int64_t w_row) {
   constexpr int W = kLanes<T>;
   alignas(kVectorBytes) T total[R][kVectors * W] = {};  // in memory: registers hold the sum of one run
   for (int r = 0; r < R; ++r)
@@ -67,7 +68,7 @@ template <class T, int R>
       for (int c = 0; c < kVectors; ++c) row[c] = vec_at(u + c * W);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const Vec<T> factor = Vec<T>{} + e[r * kDepth<T> + k];
+        const Vec<T> factor = Vec<T>{} + e[r * e_row + k];
 #pragma GCC unroll 4
         for (int c = 0; c < kVectors; ++c) sum[r][c] += factor * row[c];
       }
@@ -99,23 +100,12 @@ struct Pass {  // some rows of one item, some columns, some terms
   T* w;
   const T *e, *u;  // u packed, depth x cols
   int64_t rows, cols, depth;
-  T* left;  // kRows x kDepth
 
   template <int R>
   void tiles(int64_t& row) const {
-    for (; row + R <= rows; row += R) {
-      for (int r = 0; r < R; ++r) __builtin_memcpy(left + r * kDepth<T>, e + (row + r) * t.e_row, depth * sizeof(T));
-      const int64_t panels = (cols + kWidth<T> - 1) / kWidth<T>, after = row + R;
-      const int64_t next = rows - after < kRows ? rows - after : kRows;
-      for (int64_t p = 0; p < panels; ++p) {  // the rows that the next tile copies are fetched during this one
-        for (int64_t r = next * p / panels; r < next * (p + 1) / panels; ++r) fetch(e + (after + r) * t.e_row);
-        const int64_t c = p * kWidth<T>;
-        tile<T, R>(left, u + c * depth, depth, cols - c, t.add, w + row * t.w_row + c, t.w_row);
-      }
-    }
-  }
-  void fetch(const T* from) const {
-    for (int64_t k = 0; k < depth; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + k);
+    for (; row + R <= rows; row += R)
+      for (int64_t c = 0; c < cols; c += kWidth<T>)
+        tile<T, R>(e + row * t.e_row, t.e_row, u + c * depth, depth, cols - c, t.add, w + row * t.w_row + c, t.w_row);
   }
   void run() const {
     int64_t row = 0;
@@ -133,10 +123,9 @@ struct Engine {
     const int64_t cols = least(t.cols, kCols), padded = (cols + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
     return padded * least(t.depth, kDepth<T>);
   }
-  static int64_t scratch_bytes(const SpreadTask& t) { return int64_t(sizeof(T)) * (kRows * kDepth<T> + right_size(t)); }
+  static int64_t scratch_bytes(const SpreadTask& t) { return int64_t(sizeof(T)) * right_size(t); }
   static void run(const SpreadTask& t, int64_t begin, int64_t end, char* scratch) {
-    T* const left = reinterpret_cast<T*>(scratch);
-    T* const right = left + kRows * kDepth<T>;
+    T* const right = reinterpret_cast<T*>(scratch);
     const int64_t tiles = (t.rows + kRows - 1) / kRows;
     for (int64_t item = begin / tiles; item * tiles < end; ++item) {
       const int64_t first = (begin > item * tiles ? begin - item * tiles : 0) * kRows;
@@ -148,7 +137,7 @@ struct Engine {
         for (int64_t k = 0; k < t.depth; k += kDepth<T>) {
           const int64_t cols = least(t.cols - c, kCols), depth = least(t.depth - k, kDepth<T>);
           pack_right(u + k * t.u_row + c * t.u_col, t.u_row, t.u_col, depth, cols, right);
-          Pass<T>{t, w + c, e + k, right, last - first, cols, depth, left}.run();
+          Pass<T>{t, w + c, e + k, right, last - first, cols, depth}.run();
         }
     }
   }

@@ -19,7 +19,9 @@ def block(x):
 
 def columns(x):
     u = block(x)[1]
-    return (x.float(), u, True, None, None, None, None, None, 4, 3, True, 4, True, False, 0.0, 0, 0, 0.2, False, False)
+    unseen = torch.zeros_like(x[..., 0, :], dtype=torch.bool)
+    return (x.float(), unseen, u, True, None, None, None, None, None, 4, 3, True, 4, True, False, 0.0, 0, 0, 0.2, False,
+            False)  # fmt: skip
 
 
 def spread(x):

@@ -123,6 +123,11 @@ def items_together(x: Tensor) -> int:
     return max(torch.get_num_threads(), 2**23 // max(1, x[:1].nbytes))
 
 
+def may_hold(mask: Tensor) -> bool:
+    """False where no element is set and that is known without waiting for a device. Within ops only: it branches."""
+    return mask.device.type != "cpu" or bool(mask.any())
+
+
 def fresh_like(x: Tensor) -> Tensor:
     """An empty contiguous tensor like x. On the CPU, first use of large memory costs several times what it should in
     pages of 4096 bytes."""

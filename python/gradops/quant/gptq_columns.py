@@ -17,21 +17,21 @@ from torch import Tensor
 
 from .._op import _library, register
 from ..linalg.newton_schulz import _matmul_precision
-from ._columns import blocks, fresh_like, groups_known_until, items_together
+from ._columns import blocks, fresh_like, groups_known_until, items_together, may_hold
 from .gptq_block import gptq_block
 from .gptq_spread import gptq_spread_
 from .upper_factor import upper_factor
 
 _library.define(
-    "gptq_columns(Tensor w, Tensor factor, bool inverse, Tensor? drift, Tensor? scale, Tensor? zero, Tensor? group, "
-    "Tensor? unit, int group_size, int block_size, bool fresh, int bits, bool symmetric, bool one_sided, float mse, "
-    "int grid, int scale_type, float beta, bool pull_first, bool latent_rounded) "
+    "gptq_columns(Tensor w, Tensor unseen, Tensor factor, bool inverse, Tensor? drift, Tensor? scale, Tensor? zero, "
+    "Tensor? group, Tensor? unit, int group_size, int block_size, bool fresh, int bits, bool symmetric, "
+    "bool one_sided, float mse, int grid, int scale_type, float beta, bool pull_first, bool latent_rounded) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )  # fmt: skip
 
 
 @torch.library.impl(_library, "gptq_columns", "CompositeExplicitAutograd")
-def _gptq_columns(w: Tensor, factor: Tensor, inverse: bool, drift: Tensor | None, scale: Tensor | None,
+def _gptq_columns(w: Tensor, unseen: Tensor, factor: Tensor, inverse: bool, drift: Tensor | None, scale: Tensor | None,
                   zero: Tensor | None, group: Tensor | None, unit: Tensor | None, group_size: int, block_size: int,
                   fresh: bool, *options: Any) -> tuple[Tensor, ...]:
     lead = w.shape[:-2]
@@ -39,9 +39,12 @@ def _gptq_columns(w: Tensor, factor: Tensor, inverse: bool, drift: Tensor | None
     def three(x: Tensor | None, keep: int = 2) -> Any:
         return None if x is None else x.reshape(lead.numel(), *x.shape[x.dim() - keep :])
 
-    tensors = (three(w), three(factor), three(drift), three(scale), three(zero), three(group, 1), three(unit, 0))
+    empty = three(unseen, 1)
+    w = three(w).masked_fill(empty[:, None], 0.0) if may_hold(empty) else three(w)
+    tensors = (w, three(factor), three(drift), three(scale), three(zero), three(group, 1), three(unit, 0))
     walk = blocks(w.shape[-1], group_size, block_size, fresh and scale is None)
-    out = fresh_like(tensors[0])
+    # Not in huge pages like the workspaces: a machine that has to find hundreds of them anew may take half a second.
+    out = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
     results = [torch.empty_like(out, dtype=torch.uint8), out, out.new_empty(out.shape[:2])]
     found = out.new_empty((*out.shape[:2], 0 if scale is not None else -(-w.shape[-1] // group_size)))
     results += [found, torch.empty_like(found)]
@@ -51,6 +54,8 @@ def _gptq_columns(w: Tensor, factor: Tensor, inverse: bool, drift: Tensor | None
             some = slice(first, first + step)
             _walk([None if x is None else x[some] for x in tensors], inverse, group_size, fresh, walk, options,
                   [x[some] for x in results])  # fmt: skip
+    if may_hold(bad := ~results[2].isfinite()):  # the loss
+        out.masked_fill_(bad[..., None], torch.nan)
     return tuple(x.reshape(*lead, *x.shape[1:]) for x in results)
 
 
@@ -150,8 +155,9 @@ def _walk(tensors: Any, inverse: bool, group_size: int, fresh: bool, walk: list[
             gptq_spread_(left.zero_(), e, u, add=True)
 
 
-def _fake(w: Tensor, factor: Tensor, inverse: bool, drift: Tensor | None, scale: Tensor | None, zero: Tensor | None,
-          group: Tensor | None, unit: Tensor | None, group_size: int, *_: Any) -> tuple[Tensor, ...]:
+def _fake(w: Tensor, unseen: Tensor, factor: Tensor, inverse: bool, drift: Tensor | None, scale: Tensor | None,
+          zero: Tensor | None, group: Tensor | None, unit: Tensor | None, group_size: int,
+          *_: Any) -> tuple[Tensor, ...]:
     groups = 0 if scale is not None else (w.shape[-1] + group_size - 1) // group_size
     found = w.new_empty((*w.shape[:-1], groups))
     return (w.new_empty(w.shape, dtype=torch.uint8), w.new_empty(w.shape), w.new_empty(w.shape[:-1]), found,

@@ -47,18 +47,18 @@ def gptq_quantize(
     with :math:`\beta = 0` and :math:`P = 0` for GPTQ. FOEM takes :math:`\beta > 0` and, before a column is rounded,
     pulls it back by :math:`W_j \leftarrow W_j - \beta (W_j - W^0_j)`; GPTAQ takes
     :math:`P = \alpha\, \mathrm{triu}(D U^\top, 1)\, U`. Columns go in blocks of ``block_size``: inside a block by one
-    kernel, between blocks by float32 products (never TensorFloat-32). Where no group is wider than a block (or one is the
-    whole row), the factor is :math:`R` with :math:`H + \lambda I = R R^\top` and the same numbers
-    come from :math:`R` and inverses of its diagonal blocks.
+    kernel, between blocks by float32 products (never TensorFloat-32). Where no group is wider than a block (or one is
+    the whole row), the factor is :math:`R` with :math:`H + \lambda I = R R^\top` and the same numbers come from
+    :math:`R` and inverses of its diagonal blocks.
 
     Args:
         W: ``(..., out, in)``; leading dimensions are independent matrices (experts). Not modified.
         H: ``(..., in, in)`` or ``(in, in)`` for all, float64 or float32: ``(2/n) X'X`` of the inputs.
         bits: 2 to 8.
         group_size: inputs that share a scale; -1: all of them. The last group may be shorter.
-        sym: the zero point is ``2^(bits-1)``, and a scale :math:`(1 - 2^{-19})\, 2 \max|w| / (2^{bits} - 1)`: the lowest
-            number of a group, which lies halfway between two codes, gets the lowest code whatever rounding does to it
-            (the factor before it is 1 for a coarser ``scale_dtype``). Otherwise a zero point is chosen with each scale.
+        sym: the zero point is ``2^(bits-1)``, and a scale :math:`(1 - 2^{-19})\, 2 \max|w| / (2^{bits} - 1)`: the
+            lowest number of a group, halfway between two codes but for the first factor, gets the lowest code whatever
+            rounding does to it (a coarser ``scale_dtype`` goes without). Otherwise each scale gets a zero point.
         desc_act: inputs with the largest ``H_ii`` first; groups are then of inputs that follow each other in that
             order.
         static_groups: scales are chosen from ``W`` before anything moves, for groups of neighbouring inputs.
@@ -141,7 +141,10 @@ def gptq_quantize(
     else:
         u, info = square(factor), torch.where(unseen, 3, -dead.sum(-1)).int()
     u = u.float()
-    w = W.detach().reshape(items, rows, n).float().masked_fill((dead & (info <= 0)[:, None])[:, None], 0.0)
+    w = W.detach().reshape(items, rows, n).float()
+    empty = dead & (info <= 0)[:, None]
+    if static_groups or grid == "nvfp4":  # something is chosen from w before the walk
+        w = w.masked_fill(empty[:, None], 0.0)
     options = (bits, sym, compat == "authors", mse, GRIDS.index(grid), SCALE_DTYPES.index(scale_dtype))
     unit = nvfp4_unit(w) if grid == "nvfp4" else None
     given = _given_scales(w, scales, zeros, static_groups, order, group, options, unit)
@@ -149,10 +152,11 @@ def gptq_quantize(
     if gptaq and D is not None:
         drift = drift_of(_in_order(square(D).float(), order), u, inverse, alpha)
         drift.masked_fill_((info > 0)[:, None, None], 0.0)
-    w = w if order is None else w.take_along_dim(order[:, None], -1)
+    if order is not None:
+        w, empty = w.take_along_dim(order[:, None], -1), empty.take_along_dim(order, -1)
     codes, q, loss, scale, zero = gptq_columns(
-        w, u, inverse, drift, *(given or (None,) * 3), unit, group, block_size, group_params == "fresh", *options,
-        beta if foem else 0.0, pull_across_blocks, compat == "authors",
+        w, empty, u, inverse, drift, *(given or (None,) * 3), unit, group, block_size, group_params == "fresh",
+        *options, beta if foem else 0.0, pull_across_blocks, compat == "authors",
     )  # fmt: skip
     g_idx = (torch.arange(n, device=w.device) // group).expand(items, n)
     if given is not None:
@@ -165,8 +169,7 @@ def gptq_quantize(
         elif given is None:  # groups of neighbours, met in another order
             where = (order[:, ::group] // group).argsort(-1)[:, None].expand(scale.shape)
             scale, zero = scale.take_along_dim(where, -1), zero.take_along_dim(where, -1)
-    q = q.masked_fill_(~loss.isfinite()[..., None], torch.nan).to(W.dtype)
-    results = codes, scale, zero, g_idx.int(), q, loss, info
+    results = codes, scale, zero, g_idx.int(), q.to(W.dtype), loss, info
     return QuantizedWeight(*(x.reshape((*lead, *x.shape[1:])) for x in results))
 
 

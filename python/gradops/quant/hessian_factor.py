@@ -5,7 +5,7 @@ from torch import Tensor
 from .._checks import check_tensor
 from .._op import _library, refuse_derivative, register
 from ..linalg.newton_schulz import _matmul_precision
-from ._columns import fresh_like, items_together
+from ._columns import fresh_like, items_together, may_hold
 from .gptq_spread import gptq_spread_
 from .upper_factor import MOST_COLUMNS, upper_factor
 
@@ -114,10 +114,11 @@ def _factor(h: Tensor, out: Tensor, percent: float, increment: float, inverse: b
     diagonal = diagonal + dead
     mean = diagonal.mean(-1) if n else diagonal.sum(-1)
     damp = h.new_full((len(h),), percent, dtype=torch.float64)
+    tries = 0
 
     def attempt(which: slice | Tensor) -> Tensor:
         """Factors these items into `out`; which of them are not definite."""
-        target = out[which]
+        target = out[which] if tries == 0 else out[which].zero_()
         added = damp[which].to(h.dtype) * mean[which]
         failed = _reversed_cholesky(h[which], diagonal[which] + added[:, None], target)
         if not isinstance(which, slice):
@@ -125,7 +126,6 @@ def _factor(h: Tensor, out: Tensor, percent: float, increment: float, inverse: b
         return failed & (info[which] <= 0)
 
     failed = attempt(slice(None))
-    tries = 0
     while increment > 0 and percent + (tries + 1) * increment <= 1 and bool(failed.any()):
         tries += 1
         again = slice(None) if len(h) == 1 else failed.nonzero()[:, 0]
@@ -140,13 +140,13 @@ def _factor(h: Tensor, out: Tensor, percent: float, increment: float, inverse: b
 
 
 def _to_identity(x: Tensor, which: Tensor) -> None:
-    if x.device.type != "cpu" or bool(which.any()):  # nothing waits for CUDA
+    if may_hold(which):
         x.masked_fill_(which[:, None, None], 0).diagonal(0, -2, -1).masked_fill_(which[:, None], 1)
 
 
 def _reversed_cholesky(h: Tensor, diagonal: Tensor, out: Tensor) -> Tensor:
-    """R upper with R R^T = h, with this diagonal, item by item, into `out`, whose lower triangle is zero; which items
-    have none. Only the upper triangle of h is read."""
+    """R upper with R R^T = h, with this diagonal, item by item, into `out`, which is zero; which items have none.
+    Only the upper triangle of h is read."""
     n = h.shape[-1]
     failed = torch.zeros(len(h), dtype=torch.bool, device=h.device)
     # Block by block from the last, each after what the ones after it leave: one narrow and deep product. LAPACK
@@ -162,7 +162,7 @@ def _reversed_cholesky(h: Tensor, diagonal: Tensor, out: Tensor) -> Tensor:
         out[:, here, here], inverse, bad = upper_factor(rest[:, here])
         failed |= bad
         if begin > 0:
-            gptq_spread_(out[:, above, here].zero_(), rest[:, above], inverse.mT, add=True)
+            gptq_spread_(out[:, above, here], rest[:, above], inverse.mT, add=True)
     return failed
 
 
