@@ -1,30 +1,57 @@
 // The most common call: groups that lie one after another, every reward valid and of weight 1, no reward in double,
 // and advantages that are one affine map per group. The same numbers as group_advantages.kernel.cpp but for the last
 // bits of a double. Groups of about the same size are transposed to lie side by side, one per lane.
-//
-// A group's sums of d = value - low and of d * d give its moments. Both terms are rounded to a grid that the group's
-// range alone decides, 2^-51 of the largest there may be, and summed as integers: no bit depends on their order. What
-// is lost when sum(d)^2 / n is taken off the second sum is at most log2(n) bits more, and n is small here.
 #include "common/widen.h"
 #include "rl/group_advantages.h"
-#include "rl/lanes.h"
+#include "rl/group_sums.h"
 
 namespace gradops::GRADOPS_ISA {
 namespace {
 
 constexpr int64_t kLargest = 128;  // larger groups go the general way
-constexpr double kInf = __builtin_inf();
-typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+constexpr int L = kLanes<float>;   // groups side by side, 2 W
+constexpr float kInf = __builtin_inff();
+template <int N>
+struct Of {
+  typedef float Floats __attribute__((vector_size(4 * N)));
+  typedef uint32_t Words __attribute__((vector_size(4 * N)));
+  typedef uint16_t Shorts __attribute__((vector_size(2 * N)));
+};
+using Half = Of<W>::Floats;
 
-template <class T>
-[[gnu::always_inline]] inline Lanes load(const T* x) {
-  Vec<double> v;
-  for (int i = 0; i < W; ++i) v[i] = double(widen(x[i]));
+template <int N>
+[[gnu::always_inline]] inline auto floats_at(const float* x) {
+  typename Of<N>::Floats v;
+  __builtin_memcpy(&v, x, sizeof v);
   return v;
 }
-[[gnu::always_inline]] inline Lanes load(const float* x) {
-  Half h;
-  __builtin_memcpy(&h, x, sizeof h);
+template <int N>
+[[gnu::always_inline]] inline auto floats_at(const Bf16* x) {
+  typename Of<N>::Shorts bits;
+  __builtin_memcpy(&bits, x, sizeof bits);
+  return (typename Of<N>::Floats)(__builtin_convertvector(bits, typename Of<N>::Words) << 16);
+}
+template <int N>
+[[gnu::always_inline]] inline auto floats_at(const F16* x) {
+  typename Of<N>::Floats v{};
+#if defined(__F16C__)
+  if constexpr (N == 8) {
+    typedef short Shorts __attribute__((vector_size(16), may_alias, aligned(2)));
+    return (typename Of<N>::Floats)__builtin_ia32_vcvtph2ps256(*reinterpret_cast<const Shorts*>(x));
+  }
+#endif
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    typedef short Shorts __attribute__((vector_size(32), may_alias, aligned(2)));
+    return __builtin_ia32_vcvtph2ps512_mask(*reinterpret_cast<const Shorts*>(x), v, 0xffff, 4);
+  }
+#endif
+  for (int i = 0; i < N; ++i) v[i] = widen(x[i]);
+  return v;
+}
+template <class T>
+[[gnu::always_inline]] inline Lanes load(const T* x) {
+  const Half h = floats_at<W>(x);
 #if defined(__AVX512F__)  // gcc 12 makes two halves of the conversion
   return __builtin_ia32_cvtps2pd512_mask(h, Vec<double>{}, 0xff, 4);
 #else
@@ -38,114 +65,110 @@ template <class T>
 
 constexpr int kSorted = 256;  // groups sorted by size at a time
 struct Sorted {               // in ascending order of size; number: from the first of those sorted together
-  int64_t first[kSorted + W];
-  int32_t size[kSorted + W], number[kSorted + W], used;
+  int64_t first[kSorted + L];
+  int32_t size[kSorted + L], number[kSorted + L], used, filled;
   bool large;  // some groups are left out
-  // base and gain take the place of mean and m2; bad: has a number that is not finite
-  alignas(kVectorBytes) double low[kSorted + W], high[kSorted + W], mean[kSorted + W], m2[kSorted + W];
+  alignas(kVectorBytes) float least[kSorted + L], most[kSorted + L];
+  // base and gain take the place of mean and m2
+  alignas(kVectorBytes) double mean[kSorted + L], m2[kSorted + L];
+  // 1 for a degenerate group, 0 for others, NaN for one that has a number that is not finite
+  alignas(kVectorBytes) double same[kSorted + L];
 };
 
-// W groups' items j .. j + W. Reads also what lies beyond a group's end, where `inside` x.
+// L groups' items j .. j + L. Reads also what lies beyond a group's end, where `inside` x.
 template <class T>
 [[gnu::always_inline]] inline void load_rows(const T* x, const int64_t* first, const int32_t* size, int64_t j,
-                                             bool inside, Vec<double>* row) {
+                                             bool inside, Vec<float>* row) {
   if (inside) {
-#pragma GCC unroll 8
-    for (int k = 0; k < W; ++k) row[k] = load(x + first[k] + j).v;
+#pragma GCC unroll 16
+    for (int k = 0; k < L; ++k) row[k] = (Vec<float>)floats_at<L>(x + first[k] + j);
     return;
   }
-  alignas(kVectorBytes) double rows[W][W];  // apart from `row`, which is to stay in registers
-  for (int k = 0; k < W; ++k)
-    for (int64_t i = 0; i < W; ++i) rows[k][i] = j + i < size[k] ? double(widen(x[first[k] + j + i])) : 0.;
-#pragma GCC unroll 8
-  for (int k = 0; k < W; ++k) row[k] = vec_at(rows[k]);
+  alignas(kVectorBytes) float rows[L][L];  // apart from `row`, which is to stay in registers
+  for (int k = 0; k < L; ++k)
+    for (int64_t i = 0; i < L; ++i) rows[k][i] = j + i < size[k] ? widen(x[first[k] + j + i]) : 0.f;
+#pragma GCC unroll 16
+  for (int k = 0; k < L; ++k) row[k] = vec_at(rows[k]);
 }
+inline Vec<float> smaller(Vec<float> a, Vec<float> b) { return a < b ? a : b; }  // b where one is no number
+inline Vec<float> larger(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
 template <class Op>
-[[gnu::always_inline]] inline Lanes over_rows(const Vec<double>* row, Op op) {
-  Lanes v[W];
-  for (int k = 0; k < W; ++k) v[k] = row[k];
-#pragma GCC unroll 3
-  for (int h = W / 2; h > 0; h /= 2)
+[[gnu::always_inline]] inline Vec<float> over_rows(const Vec<float>* row, Op op) {
+  Vec<float> v[L];
+  for (int k = 0; k < L; ++k) v[k] = row[k];
+#pragma GCC unroll 4
+  for (int h = L / 2; h > 0; h /= 2)
 #pragma GCC unroll 8
     for (int k = 0; k < h; ++k) v[k] = op(v[k], v[k + h]);
   return v[0];
 }
 
-typedef Vec<uint64_t> Bits;  // sums of them may wrap
-[[gnu::always_inline]] inline Bits bits(Lanes x) { return reinterpret_cast<const Bits&>(x.v); }
-
-// The sum of the integers that terms in [0, bound) are on a grid of bound * 2^-51: grain plus a term has them in its
-// last bits.
-struct GridSum {
-  Lanes grain;
-  Bits sum = {};
-  explicit GridSum(Lanes bound) : grain(2. * bound) {}
-  Lanes total(Lanes count) const {
-    const Bits n = __builtin_convertvector(count.v, Bits), units = sum - n * bits(grain);
-    return Lanes(__builtin_convertvector(reinterpret_cast<const Vec<int64_t>&>(units), Vec<double>)) *
-           (grain * 0x1p-52);
-  }
-};
-
-[[gnu::always_inline]] inline Lanes lanes_of(const int32_t* size) {
-  Vec<double> v;
-  for (int k = 0; k < W; ++k) v[k] = double(size[k]);
-  return v;
-}
-
-// Groups at .. at + W.
+// Groups at .. at + L are put side by side into rows, and their ranges found.
 template <class T>
-void measure(const T* x, bool inside, Sorted& s, int at) {
-  alignas(kVectorBytes) double rows[(kLargest + W) * W];
+void transpose_groups(const T* x, bool inside, Sorted& s, int at, float* rows) {
   const int32_t* size = s.size + at;
-  const Lanes count = lanes_of(size);
-  const int64_t shortest = size[0], longest = size[W - 1];
-  Lanes low = kInf, high = -kInf;
-  for (int64_t j = 0; j < longest; j += W) {
-    Vec<double> r[W];
+  const int64_t shortest = size[0], longest = size[L - 1];
+  Vec<float> count, low = Vec<float>{} + kInf, high = -low;
+  for (int k = 0; k < L; ++k) count[k] = float(size[k]);
+  for (int64_t j = 0; j < longest; j += L) {
+    Vec<float> r[L];
     load_rows(x, s.first + at, size, j, inside, r);
-    transpose<double>(r);
-#pragma GCC unroll 8
-    for (int k = 0; k < W; ++k) vec_at(rows + (j + k) * W) = r[k];
-    if (j + W <= shortest) {
-      low = smaller(over_rows(r, smaller), low), high = larger(over_rows(r, larger), high);
+    transpose<float>(r);
+#pragma GCC unroll 16
+    for (int k = 0; k < L; ++k) vec_at(rows + (j + k) * L) = r[k];
+    if (j + L <= shortest) {
+      low = smaller(over_rows(r, [](auto a, auto b) { return smaller(a, b); }), low);
+      high = larger(over_rows(r, [](auto a, auto b) { return larger(a, b); }), high);
     } else {
-      for (int64_t k = j; k < j + W && k < longest; ++k) {
-        const Mask in = Lanes(double(k)) < count;
-        const Lanes v = vec_at(rows + k * W);
-        low = smaller(select(in, v, kInf), low), high = larger(select(in, v, -kInf), high);
+      for (int64_t k = j; k < j + L && k < longest; ++k) {
+        const auto in = Vec<float>{} + float(k) < count;
+        const Vec<float> v = vec_at(rows + k * L);
+        low = smaller(in ? v : kInf, low), high = larger(in ? v : -kInf, high);
       }
     }
   }
-  const Lanes unit = above(high - low);
-  GridSum first(unit), second(unit * unit);
-  Bits any = {};
-  const auto add = [&](int64_t j, auto keep) {
-    const Lanes d = Lanes(vec_at(rows + j * W)) - low;
-    const Bits a = keep(bits(d + first.grain)), b = keep(bits(d * d + second.grain));
-    first.sum += a, second.sum += b, any |= a;
-  };
-  int64_t j = 0;
-#pragma GCC unroll 4
-  for (; j < shortest; ++j) add(j, [](Bits b) { return b; });
-  for (; j < longest; ++j)
-    add(j, [in = Lanes(double(j)) < count](Bits b) { return b & reinterpret_cast<const Bits&>(in.m); });
-  const Lanes sum = first.total(count), mean = sum / count;
-  // No finite term changes the grain's exponent.
-  const Lanes poison = select({(any ^ bits(first.grain)) >> 52 == 0}, 0., __builtin_nan(""));
-  vec_at(s.low + at) = low.v, vec_at(s.high + at) = high.v, vec_at(s.mean + at) = mean.v;
-  vec_at(s.m2 + at) = (second.total(count) - sum * mean + poison).v;
+  vec_at(s.least + at) = low, vec_at(s.most + at) = high;
 }
 
-// All divisions and roots together, so that none waits for another. Makes mean and m2 the base and the gain; high is
-// made 1 for a degenerate group, 0 for others, NaN for one that has a number that is not finite.
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+[[gnu::always_inline]] inline Lanes lanes_of(const int32_t* size) {
+  Ints n;
+  __builtin_memcpy(&n, size, sizeof n);
+#if defined(__AVX512F__)  // as above
+  typedef int Whole __attribute__((vector_size(32)));
+  return Vec<double>(__builtin_ia32_cvtdq2pd512_mask(Whole(n), Vec<double>{}, 0xff));
+#else
+  return __builtin_convertvector(n, Vec<double>);
+#endif
+}
+
+// Groups at .. at + L, side by side in rows.
+void measure(Sorted& s, int at, const float* rows) {
+  const int32_t* size = s.size + at;
+  const int64_t shortest = size[0], longest = size[L - 1];
+  const Lanes count[2] = {lanes_of(size), lanes_of(size + W)};
+  GridSums a(load(s.least + at), load(s.most + at)), b(load(s.least + at + W), load(s.most + at + W));
+  int64_t j = 0;
+#pragma GCC unroll 4
+  for (; j < shortest; ++j) a.add(load(rows + j * L)), b.add(load(rows + j * L + W));
+  for (; j < longest; ++j) {
+    a.add(load(rows + j * L), Lanes(double(j)) < count[0]);
+    b.add(load(rows + j * L + W), Lanes(double(j)) < count[1]);
+  }
+  Lanes mean[2], m2[2];
+  a.finish(count[0], mean[0], m2[0]), b.finish(count[1], mean[1], m2[1]);
+  for (int half = 0; half < 2; ++half)
+    vec_at(s.mean + at + half * W) = mean[half].v, vec_at(s.m2 + at + half * W) = m2[half].v;
+}
+
+// All divisions and roots together, so that none waits for another. Makes mean and m2 the base and the gain.
 void solve(const GroupRow& t, Sorted& s) {
   for (int i = 0; i < s.used; i += W) {
-    const Lanes count = lanes_of(s.size + i), low = vec_at(s.low + i), high = vec_at(s.high + i), m2 = vec_at(s.m2 + i);
+    const Lanes count = lanes_of(s.size + i), low = load(s.least + i), high = load(s.most + i), m2 = vec_at(s.m2 + i);
     const GroupSums<Lanes> sums{count, count, low, high, 1., vec_at(s.mean + i), m2, 0., 0.};
     const GroupAffine<Lanes> a = affine_of(sums, t.rule, t.batch_spread, false);
     vec_at(s.mean + i) = (low - a.shift).v, vec_at(s.m2 + i) = a.gain.v;
-    vec_at(s.high + i) = (select(is_degenerate(sums), 1., 0.) + (m2 - m2)).v;
+    vec_at(s.same + i) = (select(is_degenerate(sums), 1., 0.) + (m2 - m2)).v;
   }
 }
 
@@ -183,6 +206,7 @@ struct Map {
     const T* from = x + first;
     float* to = out + first;
     const auto map = [&](int64_t i) { store(to + i, (load(from + i) - base) * gain + 0.); };
+#pragma GCC unroll 4
     for (int64_t i = 0; i + W < size; i += W) map(i);
     map(size - W);
     fill<kVectorBytes / 2>(degenerate + first, size, same);
@@ -214,7 +238,7 @@ Map<T> map_of(const GroupRow& t) {
   return {static_cast<const T*>(t.items.x), static_cast<float*>(t.out), t.degenerate};
 }
 
-// Sorts groups [begin, end), at most kSorted, behind empty ones that make their number a multiple of W; leaves out
+// Sorts groups [begin, end), at most kSorted, behind empty ones that make their number a multiple of L; leaves out
 // empty and large groups.
 void sort(const GroupRow& t, int64_t begin, int64_t end, Sorted& s) {
   const int groups = int(end - begin);
@@ -227,13 +251,13 @@ void sort(const GroupRow& t, int64_t begin, int64_t end, Sorted& s) {
     size[k] = n <= kLargest ? int32_t(n) : 0, large |= n > kLargest, other |= n != common;
   }
   s.large = large;
-  if (!other && !large && common && groups % W == 0) {
+  if (!other && !large && common && groups % L == 0) {
     for (int k = 0; k < groups; ++k) s.first[k] = first[k], s.size[k] = size[k], s.number[k] = k;
-    s.used = groups;
+    s.used = s.filled = groups;
     return;
   }
   for (int k = 0; k < groups; ++k) ++place[size[k] + 1];
-  const int used = groups - place[1], pads = -used & (W - 1);
+  const int used = groups - place[1], pads = -used & (L - 1);
   place[1] = pads;
   for (int n = 2; n <= kLargest + 1; ++n) place[n] += place[n - 1];
   for (int k = 0; k < groups; ++k) {
@@ -242,7 +266,7 @@ void sort(const GroupRow& t, int64_t begin, int64_t end, Sorted& s) {
     s.first[to] = first[k], s.size[to] = size[k], s.number[to] = k;
   }
   for (int k = 0; k < pads; ++k) s.first[k] = first[0], s.size[k] = 0;
-  s.used = pads + used;
+  s.used = pads + used, s.filled = used;
 }
 
 template <class T>
@@ -250,33 +274,49 @@ void run(const GroupRow& t, int64_t begin, int64_t end) {
   const auto start = [&](int64_t g) { return t.offsets ? t.offsets[g] : g * t.group_size; };
   const Map<T> map = map_of<T>(t);
   Sorted s;
+  alignas(kVectorBytes) float rows[2][(kLargest + L) * L];
   for (int64_t g0 = begin; g0 < end; g0 += kSorted) {
     const int64_t after = end - g0 < kSorted ? end : g0 + kSorted, then = end - after < kSorted ? end : after + kSorted;
     for (int64_t i = start(after), next = start(then); i < next; i += 64 / sizeof(T))  // sorted, they come in no order
       __builtin_prefetch(map.x + i);
     sort(t, g0, after, s);
-    const bool inside = start(after) + kLargest + W <= t.items.items;
-    for (int i = 0; i < s.used; i += W) {
+    const bool inside = start(after) + kLargest + L <= t.items.items;
+    // Measured while the next are read: neither has to wait for the other's end.
+    for (int i = 0; i < s.used + L; i += L) {
       int64_t last = 0;
-      for (int k = 0; k < W && !inside; ++k) last = s.first[i + k] > last ? s.first[i + k] : last;
-      measure(map.x, inside || last + s.size[i + W - 1] + W <= t.items.items, s, i);
+      for (int k = 0; k < L && !inside && i < s.used; ++k) last = s.first[i + k] > last ? s.first[i + k] : last;
+      if (i < s.used)
+        transpose_groups(map.x, inside || last + s.size[i + L - 1] + L <= t.items.items, s, i, rows[i / L % 2]);
+      if (i > 0) measure(s, i - L, rows[i / L % 2 ^ 1]);
     }
     solve(t, s);
-    for (int i = 0; i < s.used; ++i) {
-      if (s.size[i] == 0) continue;
-      const GroupMap m{s.mean[i], s.m2[i]};
-      const int64_t g = g0 + s.number[i];
-      const bool same = s.high[i] == 1;
-      if (s.high[i] != s.high[i])
-        group_rows(t, g, g + 1);
-      else if (t.maps)
-        t.maps[g] = m, t.same[g] = same;
-      else
-        map.group(s.first[i], s.size[i], m, same);
-    }
+    const int pads = s.used - s.filled;
+    bool all_finite = true;
+    for (int i = pads; i < s.used; ++i) all_finite &= s.same[i] == s.same[i];
+    const auto map_at = [&](int i) { return GroupMap{s.mean[i], s.m2[i]}; };
+    if (t.maps)
+      for (int i = pads; i < s.used; ++i)
+        t.maps[g0 + s.number[i]] = map_at(i), t.same[g0 + s.number[i]] = s.same[i] == 1;
+    else
+      for (int i = pads; i < s.used; ++i) map.group(s.first[i], s.size[i], map_at(i), s.same[i] == 1);
+    for (int i = pads; i < s.used && !all_finite; ++i)
+      if (s.same[i] != s.same[i]) group_rows(t, g0 + s.number[i], g0 + s.number[i] + 1);
     for (int64_t g = g0; s.large && g < after; ++g)
       if (start(g + 1) - start(g) > kLargest) group_rows(t, g, g + 1);
   }
+}
+
+template <class T>
+void map_items(const GroupRow& t, const int32_t* number, int64_t begin, int64_t end) {
+  const Map<T> map = map_of<T>(t);
+  int64_t i = begin;
+  for (; i + W <= end; i += W) {
+    Lanes base, gain;
+    gather(t.maps, number + i, base, gain, std::make_integer_sequence<int, W>());
+    store(map.out + i, (load(map.x + i) - base) * gain + 0.);
+    for (int k = 0; k < W; ++k) map.degenerate[i + k] = t.same[number[i + k]];
+  }
+  for (; i < end; ++i) map.one(i, t.maps[number[i]], t.same[number[i]]);
 }
 
 }  // namespace
@@ -289,15 +329,7 @@ void group_rows_plain(const GroupRow& t, int64_t begin, int64_t end) {
 
 void group_items(const GroupRow& t, const int32_t* number, int64_t begin, int64_t end) {
   with_type(t.items.element, [&](auto zero) {
-    const auto map = map_of<decltype(zero)>(t);
-    int64_t i = begin;
-    for (; i + W <= end; i += W) {
-      Lanes base, gain;
-      gather(t.maps, number + i, base, gain, std::make_integer_sequence<int, W>());
-      store(map.out + i, (load(map.x + i) - base) * gain + 0.);
-      for (int k = 0; k < W; ++k) map.degenerate[i + k] = t.same[number[i + k]];
-    }
-    for (; i < end; ++i) map.one(i, t.maps[number[i]], t.same[number[i]]);
+    if constexpr (sizeof(zero) < 8) map_items<decltype(zero)>(t, number, begin, end);
   });
 }
 

@@ -8,31 +8,25 @@ namespace {
 constexpr int W = kLanes<int64_t>;
 typedef long long Keys __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
 
-// Bit k: lane k is all ones.
-inline unsigned lane_bits(Keys mask) {
-#if defined(__AVX512DQ__)
-  return __builtin_ia32_cvtq2mask512(mask);
+// Bit k: lane k differs.
+inline uint64_t differing(Keys a, Keys b) {
+#if defined(__AVX512F__)
+  typedef long long Whole __attribute__((vector_size(64)));
+  return __builtin_ia32_ucmpq512_mask(Whole(a), Whole(b), 4, 0xff);
 #elif defined(__AVX2__)
-  return unsigned(__builtin_ia32_movmskpd256(__builtin_bit_cast(Vec<double>, mask)));
+  return unsigned(__builtin_ia32_movmskpd256(__builtin_bit_cast(Vec<double>, a != b)));
 #elif defined(__SSE2__)
-  return unsigned(__builtin_ia32_movmskpd(__builtin_bit_cast(Vec<double>, mask)));
+  return unsigned(__builtin_ia32_movmskpd(__builtin_bit_cast(Vec<double>, a != b)));
 #else
-  unsigned bits = 0;
-  for (int k = 0; k < W; ++k) bits |= unsigned(mask[k] & 1) << k;
+  uint64_t bits = 0;
+  for (int k = 0; k < W; ++k) bits |= uint64_t(a[k] != b[k]) << k;
   return bits;
 #endif
 }
-
-// Writes the places whose bit is set, one after another and then what it likes, W in all; returns how many are set.
-// No branch: where groups begin cannot be foreseen.
-inline int put(Vec<int64_t> places, unsigned bits, int64_t* to) {
-#if defined(__AVX512F__)
-  typedef long long Places __attribute__((vector_size(64)));
-  *reinterpret_cast<Keys*>(to) = __builtin_ia32_compressdi512_mask((Places)places, Places{}, bits);
-#else
-  for (int k = 0, at = 0; k < W; ++k) to[at] = places[k], at += bits >> k & 1;
-#endif
-  return __builtin_popcount(bits);
+// The last lane of a, then all but the last of b.
+template <int... N>
+inline Keys shifted(Keys a, Keys b, std::integer_sequence<int, N...>) {
+  return __builtin_shufflevector(a, b, (W - 1 + N)...);
 }
 }  // namespace
 
@@ -45,20 +39,29 @@ KeyRange key_range(const int64_t* keys, int64_t n) {
   return r;
 }
 
+// Where keys change, 64 at a time: runs are longer than a vector more often than not.
 int64_t key_runs(const int64_t* keys, int64_t n, int64_t* offsets) {
-  int64_t groups = 1, i = 1;
-  Vec<int64_t> places;
-  for (int k = 0; k < W; ++k) places[k] = k;
-  offsets[0] = 0;
-  for (; i + W <= n; i += W) {
-    const Keys before = *reinterpret_cast<const Keys*>(keys + i - 1), now = *reinterpret_cast<const Keys*>(keys + i);
-    if (lane_bits(now < before)) return -1;
-    groups += put(places + i, lane_bits(now != before), offsets + groups);
+  int64_t groups = 0, i = 0;
+  offsets[groups++] = 0;
+  Keys before = Keys{} + keys[0];
+  for (; i + 64 <= n; i += 64) {
+    uint64_t begins = 0;
+    for (int k = 0; k < 64; k += W) {
+      const Keys now = *reinterpret_cast<const Keys*>(keys + i + k);
+      begins |= differing(now, shifted(before, now, std::make_integer_sequence<int, W>())) << k;
+      before = now;
+    }
+    bool falls = false;
+    for (; begins; begins &= begins - 1) {
+      const int64_t at = i + __builtin_ctzll(begins);
+      falls |= keys[at] < keys[at - 1];
+      offsets[groups++] = at;
+    }
+    if (falls) return -1;
   }
-  for (; i < n; ++i) {
+  for (i += i == 0; i < n; ++i) {
     if (keys[i] < keys[i - 1]) return -1;
-    offsets[groups] = i;
-    groups += keys[i] != keys[i - 1];
+    if (keys[i] != keys[i - 1]) offsets[groups++] = i;
   }
   offsets[groups] = n;
   return groups;
