@@ -78,11 +78,11 @@ GRADOPS_TEAM void project(const Lanes& lanes, const Transport& t, const Transpor
     // A level that at least max_nz entries are above: their largest are among those.
     const double height = lanes.largest(count, Values{x}) - c.guess[j];
     double level = c.guess[j];
-    int64_t number = 0;
-    for (double drop = height / 8; drop >= 0 && drop <= 8 * height; drop *= 4) {
+    int64_t number;
+    lanes.above(count, Values{x}, level, number);
+    for (double drop = .125; drop < 9 && number < t.max_nz && height > 0; drop *= 4) {
+      level = c.guess[j] - drop * height;
       lanes.above(count, Values{x}, level, number);
-      if (number >= t.max_nz) break;
-      level = c.guess[j] - drop;
     }
     const bool few = number >= t.max_nz;
     const int64_t most = lanes.keep(
