@@ -72,14 +72,15 @@ GRADOPS_TEAM void smooth_fill(const Lanes& lanes, const Transport& t, const Tran
     return;
   }
   const double tau = e.e.tau[j], theta = e.theta[j];
-  const auto load = [=](int64_t k) { return Entry{index[k], weight[k]}; };
-  int64_t kept = lanes.keep(
-      count, load, [=](Entry v) { return v.x - tau > theta; },
-      [=](Entry v, int64_t place) { row[place] = v.row, weight[place] = w.entry(v.x - tau, theta); });
-  if (kept == 0 && count > 0) {  // lost in rounding: the largest takes it all
-    const double top = lanes.largest(count, [&](int64_t k) { return load(k).x; });
+  const double top = lanes.largest(count, Values{weight});
+  int64_t kept = 0;
+  if (top > tau + theta) {
+    kept = keep_above(lanes, count, index, weight, tau + theta, row);
+    lanes.wait();
+    lanes.each(kept, [=](int64_t k) { weight[k] = w.entry(weight[k], theta); });
+  } else if (count > 0) {  // lost in rounding: the largest takes it all
     kept = lanes.keep(
-        count, load, [=](Entry v) { return v.x == top; },
+        count, [=](int64_t k) { return Entry{index[k], weight[k]}; }, [=](Entry v) { return v.x == top; },
         [=](Entry v, int64_t place) { row[place] = v.row, weight[place] = 1; });
   }
   lanes.wait();
@@ -152,13 +153,13 @@ GRADOPS_TEAM void smooth_apply(Team& team, const Transport& t, const TransportSt
         const int32_t* row = e.e.support + j * t.capacity;
         const int64_t count = e.e.count[j];
         if (count == 0) return;
-        double both = lanes.sum(count, [&](int64_t k) { return w.slope(weight[k], theta) * v[row[k]]; });
+        const double all = lanes.sum_at(count, v, row);
         const double shared = lanes.sum(count, [&](int64_t k) { return w.full(weight[k], theta) ? 0. : v[row[k]]; });
+        const double both = w.whole * (all - shared) + w.part * shared;
         double tau, level;  // how the levels move along v
-        LevelSlopes(w, count, int64_t(e.full[j])).solve(both, w.reg / w.mu * shared, tau, level);
-        lanes.each(count, [&](int64_t k) {
-          sum[row[k]] += w.slope(weight[k], theta) * (w.full(weight[k], theta) ? tau : tau + level);
-        });
+        LevelSlopes(w, count, int64_t(e.full[j])).solve(both, w.part * shared, tau, level);
+        const double full = w.whole * tau, part = w.part * (tau + level);
+        lanes.add_at(count, row, [&](int64_t k) { return w.full(weight[k], theta) ? full : part; }, sum);
         lanes.wait();
       },
       [&](int64_t i, double sum) { return (degree[i] + lam) * v[i] - sum; }, out);
@@ -308,7 +309,7 @@ GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState
   double missing = kInfinity;  // from the bound, last time
   TransportStatus status = TransportStatus::stagnated;
   for (bool more = true; more;) {
-    const Smoothing w{t.reg, mu, double(t.max_nz)};
+    const Smoothing w(t.reg, mu, double(t.max_nz));
     const bool tight = mu <= kTight * t.reg, final = mu <= last;
     const int64_t limit = s.evaluations + kStage < t.max_iter ? s.evaluations + kStage : t.max_iter;
     NewtonEnd end = smooth_evaluate(team, t, s, a, v.alpha, w, a.now) ? NewtonEnd::reached : NewtonEnd::overflow;

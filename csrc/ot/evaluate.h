@@ -74,10 +74,23 @@ GRADOPS_TEAM void project(const Lanes& lanes, const Transport& t, const Transpor
   if (t.max_nz > 0) {
     int32_t* row = e.support + at;
     double* smallest = s.columns[0] + j;
-    lanes.each(count, [=](int64_t k) { row[k] = index[k]; });
+    lanes.wait();
+    // A level that at least max_nz entries are above: their largest are among those.
+    const double height = lanes.largest(count, Values{x}) - c.guess[j];
+    double level = c.guess[j];
+    int64_t number;
+    lanes.above(count, Values{x}, level, number);
+    for (double drop = .125; drop < 9 && number < t.max_nz && height > 0; drop *= 4) {
+      level = c.guess[j] - drop * height;
+      lanes.above(count, Values{x}, level, number);
+    }
+    const bool few = number >= t.max_nz;
+    const int64_t most = lanes.keep(
+        count, [=](int64_t k) { return Entry{index[k], x[k]}; }, [=](Entry v) { return !few || v.x > level; },
+        [=](Entry v, int64_t place) { row[place] = v.row, x[place] = v.x; });
     lanes.wait();
     lanes.once([&] {
-      const ProjectedColumn p = project_column(x, row, count, t.max_nz, reg, t.b[j]);
+      const ProjectedColumn p = project_column(x, row, most, t.max_nz, reg, t.b[j]);
       e.count[j] = int32_t(p.kept), e.tau[j] = p.tau, *smallest = p.smallest;
       c.guess[j] = p.tau > p.smallest ? p.tau : p.smallest;
       c.mark[j] = bound > p.tau && bound >= p.smallest ? kListStale : list_length(count, p.kept);

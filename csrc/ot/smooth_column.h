@@ -6,8 +6,8 @@
 //   t_i = min((u_i - theta)_+ / mu, (u_i)_+ / (reg + mu)),   u = x - tau,
 // with tau such that t sums to b, and theta >= 0 such that sum_i min(1, (u_i - theta)_+ reg / (mu theta)) = k, or 0 if
 // at most k entries are positive. mu -> 0 gives back the k largest; mu -> infinity the quadratic problem. Entries with
-// u_i >= theta (reg + mu) / reg are "full", those between share what is left of k. Around a center z, mu/2 |t - z|^2, it
-// is the same with mu z added to x.
+// u_i >= theta (reg + mu) / reg are "full", those between share what is left of k. Around a center z, mu/2 |t - z|^2,
+// it is the same with mu z added to x.
 #pragma once
 #include "ot/evaluate.h"
 
@@ -16,22 +16,25 @@ namespace {
 
 struct Smoothing {
   double reg, mu;
-  double k;  // max_nz
+  double k;            // max_nz
+  double whole, part;  // reg times the derivative in its own x of an entry that is full, and of one that shares
 
+  GRADOPS_SHARED Smoothing(double reg, double mu, double k)
+      : reg(reg), mu(mu), k(k), whole(reg / (reg + mu)), part(reg / mu) {}
   // The least u of a full entry is steep * theta.
   GRADOPS_SHARED double steep() const { return 1 + mu / reg; }
   // An entry's t says which kind it is: below theta / reg it shares.
   GRADOPS_SHARED bool full(double t, double theta) const { return t * reg >= theta; }
-  GRADOPS_SHARED double entry(double u, double theta) const {
-    const double shared = (u - theta) / mu, whole = u / (reg + mu);
+  // t of an entry whose u is theta + x.
+  GRADOPS_SHARED double entry(double x, double theta) const {
+    const double shared = x / mu, whole = (x + theta) / (reg + mu);
     return shared < whole ? shared : whole;
   }
   // u of an entry, given t.
   GRADOPS_SHARED double height(double t, double theta) const {
     return full(t, theta) ? (reg + mu) * t : mu * t + theta;
   }
-  // reg times the derivative of an entry in its own x.
-  GRADOPS_SHARED double slope(double t, double theta) const { return full(t, theta) ? reg / (reg + mu) : reg / mu; }
+  GRADOPS_SHARED double slope(double t, double theta) const { return full(t, theta) ? whole : part; }
 };
 
 struct ColumnLevels {
@@ -60,16 +63,17 @@ GRADOPS_TEAM ColumnSums column_sums(const Lanes& lanes, int64_t count, const X& 
 struct LevelSlopes {
   double p, q, r;
   GRADOPS_TEAM LevelSlopes(const Smoothing& w, int64_t active, int64_t full) {
-    q = double(active - full) * w.reg / w.mu;
-    p = q + double(full) * w.reg / (w.reg + w.mu);
+    q = double(active - full) * w.part;
+    p = q + double(full) * w.whole;
     r = q + w.k - double(full);
   }
   // [p q; q r] (x, y) = (e, f); without shared entries theta is not determined and stays.
   GRADOPS_TEAM void solve(double e, double f, double& x, double& y) const {
     const double determinant = p * r - q * q;
     if (q > 0 && determinant > 1e-14 * p * r) {
-      x = (r * e - q * f) / determinant;
-      y = (p * f - q * e) / determinant;
+      const double inverse = 1 / determinant;
+      x = (r * e - q * f) * inverse;
+      y = (p * f - q * e) * inverse;
     } else {
       x = p > 0 ? e / p : 0;
       y = 0;
@@ -87,7 +91,7 @@ GRADOPS_TEAM double theta_at(const Lanes& lanes, int64_t count, const X& x, cons
   if (double(positive) <= w.k) return 0;
   double low = 1 / (largest - tau), high = kInfinity, inverse = low * w.steep();
   for (int turn = 0; turn < 200; ++turn) {
-    const double theta = 1 / inverse, slope = w.reg / w.mu;
+    const double theta = 1 / inverse, slope = w.part;
     const ColumnSums s = column_sums(lanes, count, x, w, {tau, theta});
     const double excess = double(s.full) + s.shared * slope * inverse - w.k;
     if (__builtin_fabs(excess) <= 1e-14 * w.k) break;
@@ -115,7 +119,7 @@ GRADOPS_TEAM ColumnLevels column_levels(const Lanes& lanes, int64_t count, const
     if (active == 0 || double(full) > w.k || (active == full && double(full) < w.k)) break;
     double x_step, y_step;
     LevelSlopes(w, active, full)
-        .solve(w.reg * (s.mass - b), w.reg / w.mu * s.shared - (w.k - double(full)) * l.theta, x_step, y_step);
+        .solve(w.reg * (s.mass - b), w.part * s.shared - (w.k - double(full)) * l.theta, x_step, y_step);
     l.tau += x_step, l.theta += y_step;
   }
   int64_t number;
