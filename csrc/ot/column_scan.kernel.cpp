@@ -199,15 +199,17 @@ bool collect(const ColumnScan& t, int64_t begin, int64_t end, int64_t& most) {
 // alone would have, are below those of the whole column.
 template <class T, class C>
 void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64_t begin, int64_t end) {
-  const int64_t sought = max_nz < kMostRanks ? 4 * max_nz : t.cost.n / 4;
-  const int64_t groups = sought < 64 ? 64 : sought > kGroups ? kGroups : sought;
+  const int64_t sought = max_nz < kMostRanks ? 4 * max_nz : t.cost.n / 4 < 128 ? t.cost.n / 4 : 128;
+  const int64_t groups = sought <= 64 ? 64 : sought <= 128 ? 128 : kGroups;  // a row's is found without a division
   alignas(64) C largest[kGroups * kBoundColumns];
   for (int64_t e = 0; e < groups * kBoundColumns; ++e) largest[e] = -C(__builtin_inf());
   each_row<T, C>(
       t.cost, begin, end, true, [&](int64_t i) { return C(t.alpha[i]); },
       [&](int64_t i, C alpha, int64_t j, int64_t tiles, const C* c) {
-        C* to = largest + i % groups * kBoundColumns + (j - begin);
+        C* to = largest + (i & (groups - 1)) * kBoundColumns + (j - begin);
+        const T* next = t.cost.matrix ? static_cast<const T*>(t.cost.matrix) + (i + 2) * t.cost.m + j : nullptr;
         for (int64_t v = 0; v < tiles * kTile; v += kLanes<C>) {
+          __builtin_prefetch(next + v);
           const Vec<C> x = alpha - load(c + v), old = load(to + v), now = greater(x, old);
           __builtin_memcpy(to + v, &now, sizeof now);
         }

@@ -46,7 +46,7 @@ def common_batch(*shapes: torch.Size) -> tuple[int, ...]:
 
 def in_batch(t: Tensor, batch: tuple[int, ...], own: int) -> Tensor:
     """t with these leading dimensions, and the `own` last ones that it has."""
-    return t if t.dim() == own and not batch or t.shape[:-own] == batch else t.expand(*batch, *t.shape[-own:])
+    return t if (t.dim() == own and not batch) or t.shape[:-own] == batch else t.expand(*batch, *t.shape[-own:])
 
 
 def check_costs(M: Tensor | None, x: Tensor | None, y: Tensor | None, metric: str) -> Costs:
