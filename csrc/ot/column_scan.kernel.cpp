@@ -121,28 +121,40 @@ struct WantedTile {
 };
 constexpr int64_t kListed = 512;
 
-// Returns how many entries were wanted.
-template <class T>
-[[gnu::noinline]] int64_t append(const ColumnScan& t, int64_t begin, const WantedTile* tiles, int64_t count) {
-  const T* matrix = static_cast<const T*>(t.cost.matrix);
-  const int64_t capacity = t.capacity, m = t.cost.m;
-  int32_t *counts = t.count, *index = t.index;
-  double* value = t.value;
+// put(place of a list, i, j) for every wanted entry that its list has room for. Returns how many were wanted.
+template <class F>
+[[gnu::always_inline]] inline int64_t each_entry(const ColumnScan& t, int64_t begin, const WantedTile* tiles,
+                                                 int64_t count, const F& put) {
+  const int64_t capacity = t.capacity;
+  int32_t *counts = t.count + begin, *index = t.index;
   int64_t found = 0;
   for (int64_t p = 0; p < count; ++p) {
-    const int64_t i = tiles[p].row, first = begin + tiles[p].column;
-    const double alpha = t.alpha[i];
+    const int64_t i = tiles[p].row, first = tiles[p].column;
     uint64_t bits = tiles[p].bits;
+    found += __builtin_popcountll(bits);
     do {
-      const int64_t j = first + __builtin_ctzll(bits), at = counts[j]++, to = j * capacity + at;
+      const int64_t l = first + __builtin_ctzll(bits), at = counts[l]++, to = (begin + l) * capacity + at;
       bits &= bits - 1;
-      ++found;
       if (at >= capacity) continue;
       index[to] = int32_t(i);
-      if (value) value[to] = alpha - (matrix ? double(widen(matrix[i * m + j])) : cost_at(t.cost, i, j));
+      put(to, i, begin + l);
     } while (bits);
   }
   return found;
+}
+template <class T>
+[[gnu::noinline]] int64_t append(const ColumnScan& t, int64_t begin, const WantedTile* tiles, int64_t count) {
+  double* value = t.value;
+  const double* alpha = t.alpha;
+  if (!value) return each_entry(t, begin, tiles, count, [](int64_t, int64_t, int64_t) {});
+  if (const T* matrix = static_cast<const T*>(t.cost.matrix)) {
+    const int64_t m = t.cost.m;
+    return each_entry(t, begin, tiles, count, [=](int64_t to, int64_t i, int64_t j) {
+      value[to] = alpha[i] - double(widen(matrix[i * m + j]));
+    });
+  }
+  return each_entry(t, begin, tiles, count,
+                    [&](int64_t to, int64_t i, int64_t j) { value[to] = alpha[i] - cost_at(t.cost, i, j); });
 }
 
 // False if more than `most` entries are wanted.
@@ -187,15 +199,17 @@ bool collect(const ColumnScan& t, int64_t begin, int64_t end, int64_t& most) {
 // alone would have, are below those of the whole column.
 template <class T, class C>
 void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64_t begin, int64_t end) {
-  const int64_t sought = max_nz < kMostRanks ? 4 * max_nz : t.cost.n / 4;
-  const int64_t groups = sought < 64 ? 64 : sought > kGroups ? kGroups : sought;
+  const int64_t sought = max_nz < kMostRanks ? 4 * max_nz : t.cost.n / 4 < 128 ? t.cost.n / 4 : 128;
+  const int64_t groups = sought <= 64 ? 64 : sought <= 128 ? 128 : kGroups;  // a row's is found without a division
   alignas(64) C largest[kGroups * kBoundColumns];
   for (int64_t e = 0; e < groups * kBoundColumns; ++e) largest[e] = -C(__builtin_inf());
   each_row<T, C>(
       t.cost, begin, end, true, [&](int64_t i) { return C(t.alpha[i]); },
       [&](int64_t i, C alpha, int64_t j, int64_t tiles, const C* c) {
-        C* to = largest + i % groups * kBoundColumns + (j - begin);
+        C* to = largest + (i & (groups - 1)) * kBoundColumns + (j - begin);
+        const T* next = t.cost.matrix ? static_cast<const T*>(t.cost.matrix) + (i + 2) * t.cost.m + j : nullptr;
         for (int64_t v = 0; v < tiles * kTile; v += kLanes<C>) {
+          __builtin_prefetch(next + v);
           const Vec<C> x = alpha - load(c + v), old = load(to + v), now = greater(x, old);
           __builtin_memcpy(to + v, &now, sizeof now);
         }

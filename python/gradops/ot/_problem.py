@@ -19,6 +19,12 @@ class Costs(NamedTuple):
         return [t for t in self if t is not None]
 
     @property
+    def first(self) -> Tensor:
+        t = self.x if self.M is None else self.M
+        assert t is not None
+        return t
+
+    @property
     def size(self) -> tuple[int, int]:
         """n and m"""
         if self.M is not None:
@@ -33,14 +39,14 @@ class Costs(NamedTuple):
 
 def common_batch(*shapes: torch.Size) -> tuple[int, ...]:
     """What these leading dimensions broadcast to; quickly where they are all alike."""
-    if all(shape == shapes[0] for shape in shapes):
+    if shapes.count(shapes[0]) == len(shapes):
         return tuple(shapes[0])
     return tuple(torch.broadcast_shapes(*shapes))
 
 
 def in_batch(t: Tensor, batch: tuple[int, ...], own: int) -> Tensor:
     """t with these leading dimensions, and the `own` last ones that it has."""
-    return t if t.shape[:-own] == batch else t.expand(*batch, *t.shape[-own:])
+    return t if (t.dim() == own and not batch) or t.shape[:-own] == batch else t.expand(*batch, *t.shape[-own:])
 
 
 def check_costs(M: Tensor | None, x: Tensor | None, y: Tensor | None, metric: str) -> Costs:
@@ -69,7 +75,7 @@ def check_weights(t: Tensor, name: str, size: int, costs: Costs) -> None:
     if t.dim() < 1 or t.shape[-1] != size:
         raise ValueError(f"{name} must have shape (..., {size}) for costs of {' x '.join(map(str, costs.size))}, got "
                          f"{tuple(t.shape)}")
-    check_device(t, name, costs.tensors[0], "the costs")
+    check_device(t, name, costs.first, "the costs")
 
 
 def check_reg(reg: float) -> None:

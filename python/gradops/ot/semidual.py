@@ -134,7 +134,7 @@ def _state(warm: tuple[Tensor, SparsePlan, Tensor] | None, batch: tuple[int, ...
     alpha, plan, tau = warm
     for name, shape, expected in (("alpha", alpha.shape, (*batch, n)), ("plan", plan.shape, (*batch, n, m)),
                                   ("tau", tau.shape, (*batch, m))):
-        if tuple(shape) != expected:
+        if shape != expected:
             raise ValueError(f"the {name} of warm must have shape {expected}, got {tuple(shape)}")
     return alpha.detach().to(torch.float64), plan.indices, plan.values.detach(), tau.detach()
 
