@@ -28,7 +28,7 @@ struct Spread {
   }
 };
 
-constexpr long kPanelsBeyondL2 = 8;     // of the right operand, for one pass over the left one
+constexpr long kPanelsBeyondL2 = 8;  // of the right operand, for one pass over the left one
 
 // Tiles 0 .. 3 are the result (upper even, upper odd, lower even, lower odd), 4 and 5 the left
 // operand, 6 and 7 the right one.
