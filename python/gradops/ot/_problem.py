@@ -39,7 +39,7 @@ class Costs(NamedTuple):
 
 def common_batch(*shapes: torch.Size) -> tuple[int, ...]:
     """What these leading dimensions broadcast to; quickly where they are all alike."""
-    if shapes.count(shapes[0]) == len(shapes):
+    if all(shape == shapes[0] for shape in shapes):
         return tuple(shapes[0])
     return tuple(torch.broadcast_shapes(*shapes))
 
