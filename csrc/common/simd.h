@@ -33,6 +33,17 @@ template <class T>
   return *reinterpret_cast<const Vec<T>*>(aligned);
 }
 
+template <class T>
+[[gnu::always_inline]] inline Vec<T> load_anywhere(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+[[gnu::always_inline]] inline void store_anywhere(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
 // Swaps the off-diagonal halves of every 2H x 2H block, for H = lanes / 2, ..., 1.
 template <class T, int H, int... N>
 [[gnu::always_inline]] inline void transpose_halves(Vec<T>* row, std::integer_sequence<int, N...> lanes) {

@@ -91,9 +91,9 @@ void turn(const Rows<T>& x, int64_t rows, int64_t cols, T factor, T* to) {
   Vec<T> block[W];
   for (int64_t r = 0; r < rows; r += W)
     for (int64_t c = 0; c < cols; c += W) {
-      for (int k = 0; k < W; ++k) block[k] = r + k < rows ? load(x.data + (r + k) * x.next + c) : Vec<T>{};
+      for (int k = 0; k < W; ++k) block[k] = r + k < rows ? load_anywhere(x.data + (r + k) * x.next + c) : Vec<T>{};
       transpose<T>(block);
-      for (int k = 0; k < W; ++k) store<T>(to + (c + k) * kQueries<T> + r, factor * block[k]);
+      for (int k = 0; k < W; ++k) store_anywhere<T>(to + (c + k) * kQueries<T> + r, factor * block[k]);
     }
 }
 
@@ -105,11 +105,11 @@ void dot_rows(const Rows<T>& a, const Rows<T>& b, int64_t rows, int64_t cols, T*
     Vec<T> part[W] = {};
     for (int k = 0; k < W && r + k < rows; ++k)
       for (int64_t c = 0; c < cols; c += W)
-        part[k] += load(a.data + (r + k) * a.next + c) * load(b.data + (r + k) * b.next + c);
+        part[k] += load_anywhere(a.data + (r + k) * a.next + c) * load_anywhere(b.data + (r + k) * b.next + c);
     transpose<T>(part);
-    Vec<T> sum = add ? load(sums + r) : Vec<T>{};
+    Vec<T> sum = add ? load_anywhere(sums + r) : Vec<T>{};
     for (int k = 0; k < W; ++k) sum += part[k];
-    store<T>(sums + r, sum);
+    store_anywhere<T>(sums + r, sum);
   }
 }
 

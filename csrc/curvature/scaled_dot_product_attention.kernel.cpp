@@ -50,28 +50,28 @@ struct Forward {
             Vec<T> high = top[j / W], part{}, part_dot{};
             if (edge || hidden)
               for (int64_t i = 0; i < keys; ++i) {
-                Vec<T> x = load(p + i * Q + j);
-                if (hidden) x += load(hidden + i * Q + j);
+                Vec<T> x = load_anywhere(p + i * Q + j);
+                if (hidden) x += load_anywhere(hidden + i * Q + j);
                 if (edge) x = hide_future<T>(x, j, k0 - at.q0 + i);
-                store<T>(p + i * Q + j, x);
+                store_anywhere<T>(p + i * Q + j, x);
               }
             for (int64_t i = 0; i < keys; ++i) {
-              const Vec<T> x = load(p + i * Q + j);
+              const Vec<T> x = load_anywhere(p + i * Q + j);
               high = high > x ? high : x;
             }
             const Vec<T> base = high == -T(__builtin_inf()) ? Vec<T>{} : high;  // a row that sees no key so far
             for (int64_t i = 0; i < keys; ++i) {
-              const Vec<T> e = exp2(load(p + i * Q + j) - base);
-              store<T>(p + i * Q + j, e);
+              const Vec<T> e = exp2(load_anywhere(p + i * Q + j) - base);
+              store_anywhere<T>(p + i * Q + j, e);
               part += e;
               if constexpr (kDot) {
-                const Vec<T> e_dot = e * load(w + i * Q + j) * T(kLn2);
-                store<T>(w + i * Q + j, e_dot);
+                const Vec<T> e_dot = e * load_anywhere(w + i * Q + j) * T(kLn2);
+                store_anywhere<T>(w + i * Q + j, e_dot);
                 part_dot += e_dot;
               }
             }
             const Vec<T> c = exp2(top[j / W] - base);
-            store<T>(shrink + j, c);
+            store_anywhere<T>(shrink + j, c);
             sum[j / W] = sum[j / W] * c + part;
             mu[j / W] = mu[j / W] * c + part_dot;
             top[j / W] = high;
@@ -82,8 +82,8 @@ struct Forward {
           if (!first && moved)
             for (int64_t i = skip; i < at.queries; ++i)
               for (int64_t c = 0; c < dv; c += W) {
-                store<T>(o + i * dv + c, load(o + i * dv + c) * shrink[i]);
-                if (kDot) store<T>(o_dot + i * dv + c, load(o_dot + i * dv + c) * shrink[i]);
+                store_anywhere<T>(o + i * dv + c, load_anywhere(o + i * dv + c) * shrink[i]);
+                if (kDot) store_anywhere<T>(o_dot + i * dv + c, load_anywhere(o_dot + i * dv + c) * shrink[i]);
               }
           const int64_t rows = at.queries - skip;
           multiply(rows, dv, keys, {p + skip, 1, Q, tile.v.data, tile.v.next}, o + skip * dv, dv, !first);
@@ -102,9 +102,10 @@ struct Forward {
       static_cast<T*>(t.lse)[at.row + i] = top[i / W][i % W] * T(kLn2) + log_of(z);
       if (kDot) static_cast<T*>(t.mu)[at.row + i] = m;
       for (int64_t c = 0; c < dv; c += W) {
-        const Vec<T> x = none ? Vec<T>{} : load(o + i * dv + c) * inverse;
-        store<T>(o + i * dv + c, x);
-        if (kDot) store<T>(o_dot + i * dv + c, none ? Vec<T>{} : load(o_dot + i * dv + c) * inverse - m * x);
+        const Vec<T> x = none ? Vec<T>{} : load_anywhere(o + i * dv + c) * inverse;
+        store_anywhere<T>(o + i * dv + c, x);
+        if (kDot)
+          store_anywhere<T>(o_dot + i * dv + c, none ? Vec<T>{} : load_anywhere(o_dot + i * dv + c) * inverse - m * x);
       }
       put_row(t.element, o + i * dv, t.dv, t.o, (at.row + i) * t.dv);
       if (kDot) put_row(t.element, o_dot + i * dv, t.dv, t.o_dot, (at.row + i) * t.dv);
@@ -137,7 +138,7 @@ struct Jvp {
     if (turned)
       turn<T>(fetch(t.element, t.q_dot, at.b, at.h, at.q0, at.queries, t.d, rows), at.queries, t.d, factor, q_dot);
     take_rows<T>(static_cast<const T*>(t.lse) + at.row, at.queries, T(kLog2e), lse);
-    for (int64_t i = 0; i < at.queries * dv; i += W) store<T>(o_dot + i, Vec<T>{});
+    for (int64_t i = 0; i < at.queries * dv; i += W) store_anywhere<T>(o_dot + i, Vec<T>{});
     Vec<T> mu[N] = {};
     each_key_tile<T>(
         t.causal, at.q0, at.queries, 0, t.keys, kKeysForward, [&](int64_t k0, int64_t keys, int64_t skip, bool edge) {
@@ -151,13 +152,13 @@ struct Jvp {
           for (int64_t j = skip; j < n; j += W) {
             Vec<T> part{};
             for (int64_t i = 0; i < keys; ++i) {
-              Vec<T> x = load(p + i * Q + j);
-              if (hidden) x += load(hidden + i * Q + j);
+              Vec<T> x = load_anywhere(p + i * Q + j);
+              if (hidden) x += load_anywhere(hidden + i * Q + j);
               if (edge) x = hide_future<T>(x, j, k0 - at.q0 + i);
-              const Vec<T> e = exp2(x - load(lse + j));
-              store<T>(p + i * Q + j, e);
-              const Vec<T> e_dot = e * load(w + i * Q + j) * T(kLn2);
-              store<T>(w + i * Q + j, e_dot);
+              const Vec<T> e = exp2(x - load_anywhere(lse + j));
+              store_anywhere<T>(p + i * Q + j, e);
+              const Vec<T> e_dot = e * load_anywhere(w + i * Q + j) * T(kLn2);
+              store_anywhere<T>(w + i * Q + j, e_dot);
               part += e_dot;
             }
             mu[j / W] += part;
@@ -171,7 +172,8 @@ struct Jvp {
       const T m = mu[i / W][i % W];
       static_cast<T*>(t.mu)[at.row + i] = m;
       for (int64_t c = 0; c < dv; c += W)
-        store<T>(o_dot + i * dv + c, load(o_dot + i * dv + c) - m * load(o.data + i * o.next + c));
+        store_anywhere<T>(o_dot + i * dv + c,
+                          load_anywhere(o_dot + i * dv + c) - m * load_anywhere(o.data + i * o.next + c));
       put_row(t.element, o_dot + i * dv, t.dv, t.o_dot, (at.row + i) * t.dv);
     }
   }

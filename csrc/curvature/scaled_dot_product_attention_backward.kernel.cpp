@@ -53,68 +53,70 @@ struct Backward {
       if (q_dot_in.data) turn<T>(q_dot_in, at.queries, t.d, factor, q_dot);
       if (g_dot_in.data) turn<T>(g_dot_in, at.queries, t.dv, T(1), g_dot);
       take_rows<T>(static_cast<const T*>(t.mu) + at.row, at.queries, T(1), mu);
-      for (int64_t j = 0; j < n; j += W) store<T>(D_dot + j, Vec<T>{});
+      for (int64_t j = 0; j < n; j += W) store_anywhere<T>(D_dot + j, Vec<T>{});
       if (g_dot_in.data) dot_rows(g_dot_in, o_in, at.queries, t.dv, D_dot, true);
       dot_rows(g_in, result(t.o_dot), at.queries, t.dv, D_dot, true);
     }
     const bool scores = s.dq || s.dk || s.dq_dot || s.dk_dot;  // else only dv is wanted
     const int64_t head = (at.b * t.key_heads + at.kh) * t.keys;
-    each_key_tile<T>(t.causal, at.q0, at.queries, from, to, kKeysBackward,
-                     [&](int64_t k0, int64_t keys, int64_t skip, bool edge) {
-                       if (t.mask.data && !take_mask<T>(t, at.b, at.h, at.q0, at.queries, k0, keys, line, mask)) return;
-                       const KeyTile<T> tile = copies(t, at, k0, keys);
-                       const auto times_queries = [&](const Rows<T>& left, const T* right) -> Product<T> {
-                         return {left.data, left.next, 1, right ? right + skip : nullptr, Q};
-                       };
-                       const T *q_dot_t = q_dot_in.data ? q_dot : nullptr, *g_dot_t = g_dot_in.data ? g_dot : nullptr;
-                       multiply(keys, n - skip, t.d, times_queries(tile.k, q), p + skip, Q, false);
-                       if (scores) multiply(keys, n - skip, t.dv, times_queries(tile.v, g), ds + skip, Q, false);
-                       if constexpr (kDot) {
-                         multiply(keys, n - skip, t.d, times_queries(tile.k, q_dot_t), times_queries(tile.k_dot, q),
-                                  p_dot + skip, Q, false);
-                         if (scores)
-                           multiply(keys, n - skip, t.dv, times_queries(tile.v, g_dot_t), times_queries(tile.v_dot, g),
-                                    ds_dot + skip, Q, false);
-                       }
-                       for (int64_t i = 0; i < keys; ++i)
-                         for (int64_t j = skip; j < n; j += W) {
-                           const int64_t ij = i * Q + j;
-                           Vec<T> x = load(p + ij);
-                           if (t.mask.data) x += load(mask + ij);
-                           if (edge) x = hide_future<T>(x, j, k0 - at.q0 + i);
-                           const Vec<T> e = exp2(x - load(lse + j)), a = (load(ds + ij) - load(D + j)) * scale;
-                           store<T>(p + ij, e);
-                           store<T>(ds + ij, e * a);
-                           if constexpr (kDot) {
-                             const Vec<T> e_dot = e * (load(p_dot + ij) * T(kLn2) - load(mu + j));
-                             store<T>(p_dot + ij, e_dot);
-                             store<T>(ds_dot + ij, e_dot * a + e * ((load(ds_dot + ij) - load(D_dot + j)) * scale));
-                           }
-                         }
-                       // Tiles times rows of queries are sums over queries, for keys; tiles' transposes times rows of
-                       // keys the other.
-                       const int64_t rows = at.queries - skip;
-                       const auto by_key = [&](const T* left, const Rows<T>& right) -> Product<T> {
-                         return {left + skip, Q, 1, right.data ? right.data + skip * right.next : nullptr, right.next};
-                       };
-                       const auto by_query = [&](const T* left, const Rows<T>& right) -> Product<T> {
-                         return {left + skip, 1, Q, right.data, right.next};
-                       };
-                       if (s.dv) multiply(keys, dv, rows, by_key(p, g_in), row(s.dv, head + k0, t.dv), dv, true);
-                       if (s.dk) multiply(keys, d, rows, by_key(ds, q_in), row(s.dk, head + k0, t.d), d, true);
-                       if (s.dq) multiply(rows, d, keys, by_query(ds, tile.k), row(s.dq, at.row + skip, t.d), d, true);
-                       if constexpr (kDot) {
-                         if (s.dv_dot)
-                           multiply(keys, dv, rows, by_key(p_dot, g_in), by_key(p, g_dot_in),
-                                    row(s.dv_dot, head + k0, t.dv), dv, true);
-                         if (s.dk_dot)
-                           multiply(keys, d, rows, by_key(ds_dot, q_in), by_key(ds, q_dot_in),
-                                    row(s.dk_dot, head + k0, t.d), d, true);
-                         if (s.dq_dot)
-                           multiply(rows, d, keys, by_query(ds_dot, tile.k), by_query(ds, tile.k_dot),
-                                    row(s.dq_dot, at.row + skip, t.d), d, true);
-                       }
-                     });
+    each_key_tile<T>(
+        t.causal, at.q0, at.queries, from, to, kKeysBackward, [&](int64_t k0, int64_t keys, int64_t skip, bool edge) {
+          if (t.mask.data && !take_mask<T>(t, at.b, at.h, at.q0, at.queries, k0, keys, line, mask)) return;
+          const KeyTile<T> tile = copies(t, at, k0, keys);
+          const auto times_queries = [&](const Rows<T>& left, const T* right) -> Product<T> {
+            return {left.data, left.next, 1, right ? right + skip : nullptr, Q};
+          };
+          const T *q_dot_t = q_dot_in.data ? q_dot : nullptr, *g_dot_t = g_dot_in.data ? g_dot : nullptr;
+          multiply(keys, n - skip, t.d, times_queries(tile.k, q), p + skip, Q, false);
+          if (scores) multiply(keys, n - skip, t.dv, times_queries(tile.v, g), ds + skip, Q, false);
+          if constexpr (kDot) {
+            multiply(keys, n - skip, t.d, times_queries(tile.k, q_dot_t), times_queries(tile.k_dot, q), p_dot + skip, Q,
+                     false);
+            if (scores)
+              multiply(keys, n - skip, t.dv, times_queries(tile.v, g_dot_t), times_queries(tile.v_dot, g),
+                       ds_dot + skip, Q, false);
+          }
+          for (int64_t i = 0; i < keys; ++i)
+            for (int64_t j = skip; j < n; j += W) {
+              const int64_t ij = i * Q + j;
+              Vec<T> x = load_anywhere(p + ij);
+              if (t.mask.data) x += load_anywhere(mask + ij);
+              if (edge) x = hide_future<T>(x, j, k0 - at.q0 + i);
+              const Vec<T> e = exp2(x - load_anywhere(lse + j)),
+                           a = (load_anywhere(ds + ij) - load_anywhere(D + j)) * scale;
+              store_anywhere<T>(p + ij, e);
+              store_anywhere<T>(ds + ij, e * a);
+              if constexpr (kDot) {
+                const Vec<T> e_dot = e * (load_anywhere(p_dot + ij) * T(kLn2) - load_anywhere(mu + j));
+                store_anywhere<T>(p_dot + ij, e_dot);
+                store_anywhere<T>(ds_dot + ij,
+                                  e_dot * a + e * ((load_anywhere(ds_dot + ij) - load_anywhere(D_dot + j)) * scale));
+              }
+            }
+          // Tiles times rows of queries are sums over queries, for keys; tiles' transposes times rows of
+          // keys the other.
+          const int64_t rows = at.queries - skip;
+          const auto by_key = [&](const T* left, const Rows<T>& right) -> Product<T> {
+            return {left + skip, Q, 1, right.data ? right.data + skip * right.next : nullptr, right.next};
+          };
+          const auto by_query = [&](const T* left, const Rows<T>& right) -> Product<T> {
+            return {left + skip, 1, Q, right.data, right.next};
+          };
+          if (s.dv) multiply(keys, dv, rows, by_key(p, g_in), row(s.dv, head + k0, t.dv), dv, true);
+          if (s.dk) multiply(keys, d, rows, by_key(ds, q_in), row(s.dk, head + k0, t.d), d, true);
+          if (s.dq) multiply(rows, d, keys, by_query(ds, tile.k), row(s.dq, at.row + skip, t.d), d, true);
+          if constexpr (kDot) {
+            if (s.dv_dot)
+              multiply(keys, dv, rows, by_key(p_dot, g_in), by_key(p, g_dot_in), row(s.dv_dot, head + k0, t.dv), dv,
+                       true);
+            if (s.dk_dot)
+              multiply(keys, d, rows, by_key(ds_dot, q_in), by_key(ds, q_dot_in), row(s.dk_dot, head + k0, t.d), d,
+                       true);
+            if (s.dq_dot)
+              multiply(rows, d, keys, by_query(ds_dot, tile.k), by_query(ds, tile.k_dot),
+                       row(s.dq_dot, at.row + skip, t.d), d, true);
+          }
+        });
   }
 
   void range(const AttentionRound& r, int64_t task) {

@@ -9,16 +9,6 @@ namespace gradops {
 namespace {
 
 template <class T>
-[[gnu::always_inline]] inline Vec<T> load(const T* p) {  // from anywhere
-  Vec<T> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class T>
-[[gnu::always_inline]] inline void store(T* p, Vec<T> v) {
-  __builtin_memcpy(p, &v, sizeof v);
-}
-template <class T>
 [[gnu::always_inline]] inline Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
@@ -73,7 +63,7 @@ template <class T, int R, int C>
     for (int64_t k = 0; k < depth; ++k, a += col, b += next) {
       Vec<T> x[C];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) x[c] = load(b + c * kLanes<T>);
+      for (int c = 0; c < C; ++c) x[c] = load_anywhere(b + c * kLanes<T>);
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -86,7 +76,7 @@ template <class T, int R, int C>
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       T* to = out + r * ld + c * kLanes<T>;
-      store<T>(to, add ? load(to) + sum[r][c] : sum[r][c]);
+      store_anywhere<T>(to, add ? load_anywhere(to) + sum[r][c] : sum[r][c]);
     }
 }
 

@@ -50,14 +50,15 @@ void distances(const Cost& t, int64_t i, int64_t rows, int64_t j, int64_t column
       C at[kPointDims];
       for (int64_t e = 0; e < dims; ++e) at[e] = widen(x[(i + r) * t.d + k + e]);
       for (int v = 0; v < kTile; v += 2 * kLanes<C>) {
-        Vec<C> first = load(out + r * kTile + v), second = load(out + r * kTile + v + kLanes<C>);
+        Vec<C> first = load_anywhere(out + r * kTile + v), second = load_anywhere(out + r * kTile + v + kLanes<C>);
         for (int64_t e = 0; e < dims; ++e) {
-          const Vec<C> p = at[e] - load(turned + e * kTile + v), q = at[e] - load(turned + e * kTile + v + kLanes<C>);
+          const Vec<C> p = at[e] - load_anywhere(turned + e * kTile + v),
+                       q = at[e] - load_anywhere(turned + e * kTile + v + kLanes<C>);
           first += p * p;
           second += q * q;
         }
-        __builtin_memcpy(out + r * kTile + v, &first, sizeof first);
-        __builtin_memcpy(out + r * kTile + v + kLanes<C>, &second, sizeof second);
+        store_anywhere(out + r * kTile + v, first);
+        store_anywhere(out + r * kTile + v + kLanes<C>, second);
       }
     }
   }
@@ -106,11 +107,13 @@ template <class C>
 #if defined(__AVX512BW__)
   if constexpr (sizeof(C) == 4) {  // gcc would take every mask to a general register
     __mmask16 lanes[4];
-    for (int v = 0; v < 4; ++v) lanes[v] = __mmask16(not_below(alpha - load(c + 16 * v), load(low + 16 * v)));
+    for (int v = 0; v < 4; ++v)
+      lanes[v] = __mmask16(not_below(alpha - load_anywhere(c + 16 * v), load_anywhere(low + 16 * v)));
     return _cvtmask64_u64(_mm512_kunpackd(_mm512_kunpackw(lanes[3], lanes[2]), _mm512_kunpackw(lanes[1], lanes[0])));
   }
 #endif
-  for (int v = 0; v < kTile; v += kLanes<C>) bits |= not_below(alpha - load(c + v), load(low + v)) << v;
+  for (int v = 0; v < kTile; v += kLanes<C>)
+    bits |= not_below(alpha - load_anywhere(c + v), load_anywhere(low + v)) << v;
   return bits;
 }
 
@@ -210,8 +213,8 @@ void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64
         const T* next = t.cost.matrix ? static_cast<const T*>(t.cost.matrix) + (i + 2) * t.cost.m + j : nullptr;
         for (int64_t v = 0; v < tiles * kTile; v += kLanes<C>) {
           __builtin_prefetch(next + v);
-          const Vec<C> x = alpha - load(c + v), old = load(to + v), now = greater(x, old);
-          __builtin_memcpy(to + v, &now, sizeof now);
+          const Vec<C> x = alpha - load_anywhere(c + v), old = load_anywhere(to + v), now = greater(x, old);
+          store_anywhere(to + v, now);
         }
         return true;
       });
@@ -221,7 +224,7 @@ void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64
     Vec<C> ranked[kMostRanks], scaled = {};
     for (int64_t r = 0; r < ranks; ++r) ranked[r] = Vec<C>{} - C(__builtin_inf());
     for (int64_t g = 0; g < groups; ++g) {
-      insert<C>(load(largest + g * kBoundColumns + v), ranked, ranks);
+      insert<C>(load_anywhere(largest + g * kBoundColumns + v), ranked, ranks);
     }
     for (int l = 0; l < kLanes<C> && v + l < end - begin; ++l) scaled[l] = C(scaled_mass[begin + v + l]);
     const Vec<C> most = ranked[0];
@@ -229,7 +232,7 @@ void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64
     for (int step = 0; step < 6; ++step) {
       Vec<C> sum = {}, size = {};
       for (int64_t g = 0; g < groups; ++g) {
-        const Vec<C> x = load(largest + g * kBoundColumns + v) - most;
+        const Vec<C> x = load_anywhere(largest + g * kBoundColumns + v) - most;
         sum += x >= low ? x : Vec<C>{};
         size += x >= low ? Vec<C>{} + 1 : Vec<C>{};
       }

@@ -95,13 +95,6 @@ template <class C>
   }
 }
 
-template <class C>
-[[gnu::always_inline]] inline Vec<C> load(const C* p) {  // from anywhere
-  Vec<C> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
 // The first `count` numbers, `rest` in the lanes after them. Reads no others.
 [[gnu::always_inline]] inline Vec<double> load_some(const double* p, int64_t count, double rest) {
   count = count < 0 ? 0 : count > kLanes<double> ? kLanes<double> : count;

@@ -157,7 +157,7 @@ constexpr int kPacked = 16;
 #if defined(__AVX512DQ__) && defined(__BMI2__)
   const auto first_of = [](int64_t k) { return k <= 0 ? 0u : (1u << (k < 16 ? k : 16)) - 1; };
   const auto weigh = [&](const double* x, __mmask8& wanted) __attribute__((always_inline)) {
-    const __m512d v = (__m512d)load(x), weight = (__m512d)((load(x) - largest - tau) / reg);
+    const __m512d v = (__m512d)load_anywhere(x), weight = (__m512d)((load_anywhere(x) - largest - tau) / reg);
     wanted = _mm512_cmp_pd_mask(v, _mm512_set1_pd(smallest), _CMP_GE_OQ);
     wanted = _mm512_mask_cmp_pd_mask(wanted, weight, _mm512_setzero_pd(), _CMP_GT_OQ);
     return weight;

@@ -30,20 +30,13 @@ constexpr float kMagic(int k) {
   return float(1 << (23 - b * k));
 }
 
-template <class V, class T>
-[[gnu::always_inline]] inline V load(const T* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
 // Of a unit, the words from the first bit of window j on.
 template <int b>
 [[gnu::always_inline]] inline U window(const uint32_t* words, int64_t stride, int j) {
   constexpr int bits = b * kWindow<b>;
   const int word = j * bits / 32, shift = j * bits % 32;
-  U q = load<U>(words + word * stride) >> shift;
-  if (shift + bits > 32) q |= load<U>(words + (word + 1) * stride) << (32 - shift);
+  U q = load_anywhere(words + word * stride) >> shift;
+  if (shift + bits > 32) q |= load_anywhere(words + (word + 1) * stride) << (32 - shift);
   return q;
 }
 template <int b>
@@ -147,7 +140,7 @@ template <int b, int... L>
 [[gnu::always_inline]] inline F unpacked(const uint32_t* words, int n, std::integer_sequence<int, L...>) {
   const int first = n * kLane * b;
   const U bit = U{uint32_t(L * b)...} + uint32_t(first % 32), word = bit / 32, shift = bit % 32;
-  const U from = load<U>(words + first / 32);
+  const U from = load_anywhere(words + first / 32);
   U code = __builtin_shuffle(from, word) >> shift;
   if (32 % b) code |= __builtin_shuffle(from, word + 1) << 1 << (31 - shift);
   return __builtin_convertvector(Vec<int32_t>(code & ((1u << b) - 1)), F);

@@ -12,11 +12,6 @@ constexpr int kPanel = kVectorRegisters / 4;  // columns whose running values st
 
 V spread(float x) { return V{} + x; }
 V load(const float* p) { return vec_at(p); }
-V load_anywhere(const float* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
 V lesser(V a, V b) { return a < b ? a : b; }
 V greater(V a, V b) { return a > b ? a : b; }
 V round_even(V x) { return (x + 0x1.8p23f) - 0x1.8p23f; }

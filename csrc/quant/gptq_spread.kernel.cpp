@@ -18,13 +18,6 @@ constexpr int64_t kRun = 64;  // terms summed in a row: what a sum loses grows w
 constexpr int64_t kCols = kVectorBytes == 32 ? 120 : 128;
 static_assert(kCols % kWidth<float> == 0 && kCols % kWidth<double> == 0);
 
-template <class T>
-Vec<T> load_anywhere(const T* p) {
-  Vec<T> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // u, depth x cols, to panels; columns beyond the last are zero.
@@ -87,7 +80,7 @@ template <class T, int R>
       if (left >= W) {
         const Vec<T> before = load_anywhere(to), sum = vec_at(total[r] + c * W);
         const Vec<T> after = add ? before + sum : before - sum;
-        __builtin_memcpy(to, &after, sizeof after);
+        store_anywhere(to, after);
       } else {
         for (int64_t i = 0; i < left; ++i) to[i] = add ? to[i] + total[r][c * W + i] : to[i] - total[r][c * W + i];
       }

@@ -6,17 +6,6 @@
 namespace gradops {
 namespace {
 
-template <class A>
-inline Vec<A> load_any(const A* p) {
-  Vec<A> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class A>
-inline void store_any(A* p, Vec<A> v) {
-  __builtin_memcpy(p, &v, sizeof v);
-}
-
 // Rows i to i1 and columns j to j1, so far as they are below the diagonal, to rows j and columns i.
 template <class A>
 inline void mirror_block(A* h, int64_t n, int64_t i, int64_t i1, int64_t j, int64_t j1) {
@@ -25,9 +14,9 @@ inline void mirror_block(A* h, int64_t n, int64_t i, int64_t i1, int64_t j, int6
   for (int64_t r = i; r < i1; r += W)
     for (int64_t c = j; c < j1; c += W) {
       if (r + W <= i1 && c + W <= j1 && r > c) {
-        for (int k = 0; k < W; ++k) block[k] = load_any(h + (r + k) * n + c);
+        for (int k = 0; k < W; ++k) block[k] = load_anywhere(h + (r + k) * n + c);
         transpose<A>(block);
-        for (int k = 0; k < W; ++k) store_any(h + (c + k) * n + r, block[k]);
+        for (int k = 0; k < W; ++k) store_anywhere(h + (c + k) * n + r, block[k]);
       } else {
         for (int64_t a = r; a < r + W && a < i1; ++a)
           for (int64_t b = c; b < c + W && b < j1 && b < a; ++b) h[b * n + a] = h[a * n + b];
