@@ -15,7 +15,8 @@ from pydoc_data import topics
 
 import matplotlib
 import torch
-from gradops.bench import harness, linalg, report
+from gradops.bench import harness, report
+from gradops.bench.linalg import polar as bench
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -176,7 +177,7 @@ def plot(runs: list[Run], path: Path) -> None:
 
 def kernels() -> None:
     settings = harness.Settings(quick=True)
-    cases = chain(linalg.newton_schulz(settings), linalg.polar(settings), linalg.row_norm(settings))
+    cases = chain(bench.newton_schulz(settings), bench.polar(settings), bench.row_norm(settings))
     report.show(harness.machine(settings), list(harness.run(cases, harness.Floor(settings))))
 
 
