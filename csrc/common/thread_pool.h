@@ -2,6 +2,8 @@
 // Threads are made per call: cheap next to the >= 100 us tasks that grains allow.
 #pragma once
 #include <algorithm>
+#include <exception>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -19,10 +21,22 @@ inline int thread_count() { return host_threads(); }
 inline void thread_pool(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* ctx) {
   const int64_t most = (end - begin + grain - 1) / grain;
   const int64_t n = std::min<int64_t>(host_threads(), most), chunk = (end - begin + n - 1) / n;
-  std::vector<std::thread> team;
-  for (int64_t i = 1; i < n; ++i) team.emplace_back(fn, begin + i * chunk, std::min(end, begin + (i + 1) * chunk), ctx);
-  fn(begin, std::min(end, begin + chunk), ctx);
-  for (std::thread& t : team) t.join();
+  std::exception_ptr failure;
+  std::mutex one_at_a_time;
+  auto part = [&](int64_t first) {
+    try {
+      fn(first, std::min(end, first + chunk), ctx);
+    } catch (...) {
+      const std::lock_guard lock(one_at_a_time);
+      failure = std::current_exception();
+    }
+  };
+  {
+    std::vector<std::jthread> team;
+    for (int64_t first = begin + chunk; first < end; first += chunk) team.emplace_back(part, first);
+    part(begin);
+  }
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace gradops
