@@ -215,3 +215,25 @@ def test_opcheck():
 def test_bad_input(a, options, error, words):
     with pytest.raises(error, match=words):
         polar(a, **options)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_auto_needs_no_svd_for_what_is_usual(dtype, monkeypatch):
+    def refuse(x):
+        raise AssertionError(f"an SVD of {tuple(x.shape)}")
+
+    monkeypatch.setattr(polar_methods, "_svd", refuse)
+    for shape in [(64, 32, 32), (8, 128, 128), (2, 64, 256), (2, 300, 128)]:
+        polar(gaussian(*shape, dtype=dtype))
+    # beyond what the first steps are made for: five more are spent on this one alone
+    a = gaussian(4, 40, 40)
+    a[2] = with_singular_values((40, 40), torch.logspace(0, -5, 40, dtype=torch.float64))
+    check(a.to(dtype), *polar(a.to(dtype)))
+
+
+@pytest.mark.parametrize("shape", [(130, 130), (140, 300)])
+def test_auto_whatever_the_estimate_of_the_norm(shape, monkeypatch):
+    """An estimate far too small makes the polynomials diverge: that is seen, and an SVD taken."""
+    a = gaussian(*shape)
+    monkeypatch.setattr(polar_methods, "spectral_norm", lambda x: 0.1 * torch.linalg.matrix_norm(x, 2))
+    check(a, *polar(a))

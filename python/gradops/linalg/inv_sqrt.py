@@ -1,5 +1,4 @@
 """Inverse square root of positive definite matrices, differentiable to second order."""
-import math
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from .._checks import check_matrix
 from .._op import _library, needs_derivative, primals, register
 from .coefficients import resolve
 from .newton_schulz import _matmul_precision, polynomials
-from .polar_methods import _orthonormal, converging_steps
+from .polar_methods import SPECTRAL, _orthonormal, converging_steps, spectral_norm
 from .sylvester import Sylvester, positive_eigen
 
 _library.define("inv_sqrt(Tensor A, float eps) -> Tensor")
@@ -20,7 +19,7 @@ def _inv_sqrt(a: Tensor, eps: float) -> Tensor:
     if a.numel() == 0:
         return torch.empty_like(a)
     # eigh may fail for the whole batch where one matrix is not finite.
-    finite = torch.isfinite(torch.linalg.vector_norm(a, math.inf, (-2, -1), keepdim=True))
+    finite = torch.isfinite(a.amax((-2, -1), keepdim=True) - a.amin((-2, -1), keepdim=True))
     with _matmul_precision("highest"):
         if a.is_cuda:  # nothing here may wait for the device
             return _by_eigenvectors(torch.where(finite, a, torch.nan), finite, eps)
@@ -49,7 +48,10 @@ def _by_products(a: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     lower, info = torch.linalg.cholesky_ex(a)
     # ||A||_F^(1/2) bounds R's largest singular value far better than ||R||_F, which spares some of the steps.
     square = 2 * torch.linalg.matrix_norm(a)**2 - torch.linalg.vector_norm(diagonal, dim=-1)**2
-    bound = square.sqrt().sqrt()[..., None, None]
+    bound = square.sqrt().sqrt()
+    if a.shape[-1] >= SPECTRAL:
+        bound = torch.minimum(bound, spectral_norm(lower))
+    bound = bound[..., None, None]
     lower /= bound
     steps = converging_steps(lower.diagonal(dim1=-2, dim2=-1).amin(-1) / 3)  # a guess: u is tested
     u = torch.empty_like(lower)

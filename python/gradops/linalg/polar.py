@@ -56,8 +56,9 @@ def polar(A: Tensor, *, side: str = "right", method: str = "auto", compute_h: bo
         A: ``(..., m, n)``; float64, float32, bfloat16 or float16 (the last two compute in float32 and round once).
             Not modified.
         side: ``"right"`` or ``"left"``.
-        method: ``"auto"`` is as accurate as an SVD for every matrix: on CPU the Gram matrix's eigenvectors where
-            ``max(m, n) >= 2 * min(m, n)`` and the condition number allows it, else an SVD, matrix by matrix;
+        method: ``"auto"`` is as accurate as an SVD for every matrix: on CPU polynomials as in ``"polar_express"``, as
+            many as a matrix of that shape needs, tested for orthogonality and backward error, and an SVD of each matrix
+            that does not pass (and of float64 ones beyond 512 that are not twice as long as wide);
             ``"qdwh"`` on CUDA. ``"svd"``. ``"qdwh"``: dynamically weighted Halley iteration with Cholesky steps in
             float64. ``"zolo"``: Zolotarev's rational functions, two iterations of many independent factorisations.
             Both converge from any input, waiting for nothing on the device.
