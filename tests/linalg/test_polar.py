@@ -13,6 +13,13 @@ ACCURATE = ["auto", "svd", "qdwh", "zolo"]
 TOLERANCE = {torch.float64: (1e-13, 1e-13), torch.float32: (1e-6, 3e-6)}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def polynomials_for_small_ones_too():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(polar_methods, "SMALL", 0)
+        yield
+
+
 def gaussian(*shape, dtype=torch.float64, seed=0):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -237,3 +244,15 @@ def test_auto_whatever_the_estimate_of_the_norm(shape, monkeypatch):
     a = gaussian(*shape)
     monkeypatch.setattr(polar_methods, "spectral_norm", lambda x: 0.1 * torch.linalg.matrix_norm(x, 2))
     check(a, *polar(a))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_few_small_matrices_go_to_lapack(dtype):
+    a = gaussian(3, 20, 12, dtype=dtype)
+    by_polynomials = polar(a)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(polar_methods, "SMALL", 100_000)
+        patch.setattr(polar_methods, "polynomials", None)
+        u, h = polar(a)
+    check(a, u, h)
+    torch.testing.assert_close(u, by_polynomials[0], rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-13)

@@ -8,7 +8,7 @@ from .._checks import check_matrix
 from .._op import _library, needs_derivative, primals, register
 from .coefficients import resolve
 from .newton_schulz import _matmul_precision, polynomials
-from .polar_methods import SPECTRAL, _orthonormal, converging_steps, spectral_norm
+from .polar_methods import SMALL, SPECTRAL, _orthonormal, converging_steps, spectral_norm
 from .sylvester import Sylvester, positive_eigen
 
 _library.define("inv_sqrt(Tensor A, float eps) -> Tensor")
@@ -25,6 +25,8 @@ def _inv_sqrt(a: Tensor, eps: float) -> Tensor:
             return _by_eigenvectors(torch.where(finite, a, torch.nan), finite, eps)
         if not bool(finite.all()):
             a = torch.where(finite, a, torch.nan)
+        if a.numel() * a.shape[-1] <= SMALL:
+            return _by_eigenvectors(a, finite, eps)
         flat = a.reshape(-1, *a.shape[-2:])
         s, good = _by_products(flat, eps)
         if not bool(good.all()):

@@ -20,6 +20,7 @@ _BACKWARD = {torch.float64: 3e-14, torch.float32: 3e-6}
 _TRACE = {torch.float64: 1e-14, torch.float32: 1e-6}
 
 SPECTRAL = 128  # from this size on, an estimate of the spectral norm saves more than it costs
+SMALL = 100_000  # b m n^2, up to which LAPACK is done before the many small calls of an iteration are
 
 
 def polar_factor(a: Tensor, method: str, precision: str | None) -> Tensor:
@@ -84,7 +85,7 @@ def _auto(x: Tensor) -> Tensor:
     """Polynomials, as many steps as most random matrices of this shape need, and five more for those that are not there
     yet; then an SVD of what has still not converged, or where U^T A came out less symmetric than it should."""
     m, n = x.shape[-2:]
-    if n > 512 and m < 2 * n and x.dtype == torch.float64:
+    if x.numel() * n <= SMALL or (n > 512 and m < 2 * n and x.dtype == torch.float64):
         return _svd(x)  # no slower there
     y = x / _size(x)
     table = tuple(_polar_express(_first_steps(m, n)))
