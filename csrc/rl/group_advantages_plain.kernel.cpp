@@ -75,18 +75,31 @@ struct Sorted {               // in ascending order of size; number: from the fi
   alignas(kVectorBytes) double same[kSorted + L];
 };
 
-// L groups' items j .. j + L. Reads also what lies beyond a group's end, where `inside` x.
+typedef int32_t Places __attribute__((vector_size(4 * L)));
+template <int... N>
+constexpr Places places(std::integer_sequence<int, N...>) {
+  return Places{N...};
+}
+
+// L groups' items j .. j + L; beyond a group's end its first item. Reads also what lies there, where `inside` x.
 template <class T>
 [[gnu::always_inline]] inline void load_rows(const T* x, const int64_t* first, const int32_t* size, int64_t j,
                                              bool inside, Vec<float>* row) {
-  if (inside) {
+  if (inside && j + L <= size[0]) {  // the shortest
 #pragma GCC unroll 16
     for (int k = 0; k < L; ++k) row[k] = (Vec<float>)floats_at<L>(x + first[k] + j);
     return;
   }
+  if (inside) {
+    const Places place = places(std::make_integer_sequence<int, L>()) + int32_t(j);
+#pragma GCC unroll 16
+    for (int k = 0; k < L; ++k)
+      row[k] = place < size[k] ? (Vec<float>)floats_at<L>(x + first[k] + j) : Vec<float>{} + widen(x[first[k]]);
+    return;
+  }
   alignas(kVectorBytes) float rows[L][L];  // apart from `row`, which is to stay in registers
   for (int k = 0; k < L; ++k)
-    for (int64_t i = 0; i < L; ++i) rows[k][i] = j + i < size[k] ? widen(x[first[k] + j + i]) : 0.f;
+    for (int64_t i = 0; i < L; ++i) rows[k][i] = widen(x[first[k] + (j + i < size[k] ? j + i : 0)]);
 #pragma GCC unroll 16
   for (int k = 0; k < L; ++k) row[k] = vec_at(rows[k]);
 }
@@ -106,26 +119,15 @@ template <class Op>
 // Groups at .. at + L are put side by side into rows, and their ranges found.
 template <class T>
 void transpose_groups(const T* x, bool inside, Sorted& s, int at, float* rows) {
-  const int32_t* size = s.size + at;
-  const int64_t shortest = size[0], longest = size[L - 1];
-  Vec<float> count, low = Vec<float>{} + kInf, high = -low;
-  for (int k = 0; k < L; ++k) count[k] = float(size[k]);
-  for (int64_t j = 0; j < longest; j += L) {
+  Vec<float> low = Vec<float>{} + kInf, high = -low;
+  for (int64_t j = 0; j < s.size[at + L - 1]; j += L) {
     Vec<float> r[L];
-    load_rows(x, s.first + at, size, j, inside, r);
+    load_rows(x, s.first + at, s.size + at, j, inside, r);
     transpose<float>(r);
 #pragma GCC unroll 16
     for (int k = 0; k < L; ++k) vec_at(rows + (j + k) * L) = r[k];
-    if (j + L <= shortest) {
-      low = smaller(over_rows(r, [](auto a, auto b) { return smaller(a, b); }), low);
-      high = larger(over_rows(r, [](auto a, auto b) { return larger(a, b); }), high);
-    } else {
-      for (int64_t k = j; k < j + L && k < longest; ++k) {
-        const auto in = Vec<float>{} + float(k) < count;
-        const Vec<float> v = vec_at(rows + k * L);
-        low = smaller(in ? v : kInf, low), high = larger(in ? v : -kInf, high);
-      }
-    }
+    low = smaller(over_rows(r, [](auto a, auto b) { return smaller(a, b); }), low);
+    high = larger(over_rows(r, [](auto a, auto b) { return larger(a, b); }), high);
   }
   vec_at(s.least + at) = low, vec_at(s.most + at) = high;
 }
@@ -144,19 +146,13 @@ typedef int32_t Ints __attribute__((vector_size(4 * W)));
 
 // Groups at .. at + L, side by side in rows.
 void measure(Sorted& s, int at, const float* rows) {
-  const int32_t* size = s.size + at;
-  const int64_t shortest = size[0], longest = size[L - 1];
-  const Lanes count[2] = {lanes_of(size), lanes_of(size + W)};
+  const int64_t longest = s.size[at + L - 1];
   GridSums a(load(s.least + at), load(s.most + at)), b(load(s.least + at + W), load(s.most + at + W));
-  int64_t j = 0;
-#pragma GCC unroll 4
-  for (; j < shortest; ++j) a.add(load(rows + j * L)), b.add(load(rows + j * L + W));
-  for (; j < longest; ++j) {
-    a.add(load(rows + j * L), Lanes(double(j)) < count[0]);
-    b.add(load(rows + j * L + W), Lanes(double(j)) < count[1]);
-  }
+  for (int64_t j = 0; j < longest; ++j) a.add(load(rows + j * L)), b.add(load(rows + j * L + W));
+  const double n = double(longest);
   Lanes mean[2], m2[2];
-  a.finish(count[0], mean[0], m2[0]), b.finish(count[1], mean[1], m2[1]);
+  a.finish(lanes_of(s.size + at), n, load(rows), mean[0], m2[0]);
+  b.finish(lanes_of(s.size + at + W), n, load(rows + W), mean[1], m2[1]);
   for (int half = 0; half < 2; ++half)
     vec_at(s.mean + at + half * W) = mean[half].v, vec_at(s.m2 + at + half * W) = m2[half].v;
 }
@@ -217,20 +213,21 @@ template <class A, int... N>
 [[gnu::always_inline]] inline auto joined(A a, A b, std::integer_sequence<int, N...>) {
   return __builtin_shufflevector(a, b, N...);
 }
-// The maps of W items side by side. A map is loaded whole.
+// The maps of every second one of 2 kCount items, side by side. A map is loaded whole.
 template <int kCount>
 [[gnu::always_inline]] inline auto maps_of(const GroupMap* maps, const int32_t* number) {
   if constexpr (kCount == 1)
     return reinterpret_cast<const Pair&>(maps[*number]);
   else
-    return joined(maps_of<kCount / 2>(maps, number), maps_of<kCount / 2>(maps, number + kCount / 2),
+    return joined(maps_of<kCount / 2>(maps, number), maps_of<kCount / 2>(maps, number + kCount),
                   std::make_integer_sequence<int, 2 * kCount>());
 }
 template <int... N>
 [[gnu::always_inline]] inline void gather(const GroupMap* maps, const int32_t* number, Lanes& base, Lanes& gain,
                                           std::integer_sequence<int, N...>) {
-  const auto a = maps_of<W / 2>(maps, number), b = maps_of<W / 2>(maps, number + W / 2);
-  base = __builtin_shufflevector(a, b, (2 * N)...), gain = __builtin_shufflevector(a, b, (2 * N + 1)...);
+  const auto a = maps_of<W / 2>(maps, number), b = maps_of<W / 2>(maps, number + 1);  // in pairs: no lane is crossed
+  base = __builtin_shufflevector(a, b, (N % 2 ? W + N - 1 : N)...);
+  gain = __builtin_shufflevector(a, b, (N % 2 ? W + N : N + 1)...);
 }
 
 template <class T>
@@ -238,8 +235,8 @@ Map<T> map_of(const GroupRow& t) {
   return {static_cast<const T*>(t.items.x), static_cast<float*>(t.out), t.degenerate};
 }
 
-// Sorts groups [begin, end), at most kSorted, behind empty ones that make their number a multiple of L; leaves out
-// empty and large groups.
+// Sorts groups [begin, end), at most kSorted, behind repeats of the first that make their number a multiple of L;
+// leaves out empty and large groups.
 void sort(const GroupRow& t, int64_t begin, int64_t end, Sorted& s) {
   const int groups = int(end - begin);
   int64_t first[kSorted + 1] = {};
@@ -265,7 +262,7 @@ void sort(const GroupRow& t, int64_t begin, int64_t end, Sorted& s) {
     const int to = place[size[k]]++;
     s.first[to] = first[k], s.size[to] = size[k], s.number[to] = k;
   }
-  for (int k = 0; k < pads; ++k) s.first[k] = first[0], s.size[k] = 0;
+  for (int k = 0; k < pads && used; ++k) s.first[k] = s.first[pads], s.size[k] = s.size[pads];
   s.used = pads + used, s.filled = used;
 }
 
@@ -296,7 +293,7 @@ void run(const GroupRow& t, int64_t begin, int64_t end) {
     const auto map_at = [&](int i) { return GroupMap{s.mean[i], s.m2[i]}; };
     if (t.maps)
       for (int i = pads; i < s.used; ++i)
-        t.maps[g0 + s.number[i]] = map_at(i), t.same[g0 + s.number[i]] = s.same[i] == 1;
+        t.maps[g0 + s.number[i]] = GroupMap::of(s.mean[i], s.m2[i], s.same[i] == 1, s.least[i]);
     else
       for (int i = pads; i < s.used; ++i) map.group(s.first[i], s.size[i], map_at(i), s.same[i] == 1);
     for (int i = pads; i < s.used && !all_finite; ++i)
@@ -306,6 +303,7 @@ void run(const GroupRow& t, int64_t begin, int64_t end) {
   }
 }
 
+typedef char Flags __attribute__((vector_size(W)));
 template <class T>
 void map_items(const GroupRow& t, const int32_t* number, int64_t begin, int64_t end) {
   const Map<T> map = map_of<T>(t);
@@ -313,10 +311,16 @@ void map_items(const GroupRow& t, const int32_t* number, int64_t begin, int64_t 
   for (; i + W <= end; i += W) {
     Lanes base, gain;
     gather(t.maps, number + i, base, gain, std::make_integer_sequence<int, W>());
-    store(map.out + i, (load(map.x + i) - base) * gain + 0.);
-    for (int k = 0; k < W; ++k) map.degenerate[i + k] = t.same[number[i + k]];
+    const Mask same{bits(base) == Bits{} + uint64_t(GroupMap::same)};
+    store(map.out + i, select(same, gain, (load(map.x + i) - base) * gain) + 0.);
+    const auto flags = __builtin_convertvector(same.m & 1, Flags);
+    __builtin_memcpy(map.degenerate + i, &flags, W);
   }
-  for (; i < end; ++i) map.one(i, t.maps[number[i]], t.same[number[i]]);
+  for (; i < end; ++i) {
+    const GroupMap& m = t.maps[number[i]];
+    map.one(i, m, m.is_same());
+    if (m.is_same()) map.out[i] = float(m.gain + 0.);
+  }
 }
 
 }  // namespace

@@ -29,19 +29,17 @@ struct GridSums {
     const Lanes t = x + shift;
     first += bits(t), second += bits(t * t + wide), any |= bits(t);
   }
-  [[gnu::always_inline]] void add(Lanes x, Mask in) {
-    const Lanes t = x + shift;
-    const Bits m = reinterpret_cast<const Bits&>(in.m);
-    first += bits(t) & m, second += bits(t * t + wide) & m, any |= bits(t) & m;
-  }
-  static Lanes total(Bits sum, Lanes least, Lanes count, Lanes unit) {
-    const Bits n = __builtin_convertvector(count.v, Bits), units = sum - n * bits(least);
+  static Bits whole(Lanes x) { return __builtin_convertvector(x.v, Bits); }
+  static Lanes total(Bits units, Lanes unit) {
     return Lanes(__builtin_convertvector(reinterpret_cast<const Vec<int64_t>&>(units), Vec<double>)) * unit;
   }
-  // m2 is NaN where an item is not finite.
-  void finish(Lanes count, Lanes& mean, Lanes& m2) const {
-    const Lanes sum = total(first, zero, count, grain * 0x1p-52);
-    const Lanes squares = total(second, zero * zero + wide, count, wide * 0x1p-51) - 2. * zero * sum;  // of d
+  // Of `added` terms all but `count` were those of x, which do not count. m2 is NaN where an item is not finite.
+  void finish(Lanes count, Lanes added, Lanes x, Lanes& mean, Lanes& m2) const {
+    const Lanes t = x + shift, least = zero * zero + wide;
+    const Bits n = whole(count), more = whole(added - count);
+    const Lanes sum = total(first - n * bits(zero) - more * bits(t), grain * 0x1p-52);
+    const Lanes squares =  // of d
+        total(second - n * bits(least) - more * bits(t * t + wide), wide * 0x1p-51) - 2. * zero * sum;
     // No finite term changes the grain's exponent.
     const Lanes poison = select({(any ^ bits(grain)) >> 52 == 0}, 0., __builtin_nan(""));
     mean = sum / count, m2 = squares - sum * mean + poison;
