@@ -147,12 +147,16 @@ typedef int32_t Ints __attribute__((vector_size(4 * W)));
 // Groups at .. at + L, side by side in rows.
 void measure(Sorted& s, int at, const float* rows) {
   const int64_t longest = s.size[at + L - 1];
+  const Lanes count[2] = {lanes_of(s.size + at), lanes_of(s.size + at + W)};
   GridSums a(load(s.least + at), load(s.most + at)), b(load(s.least + at + W), load(s.most + at + W));
+#pragma GCC unroll 4
   for (int64_t j = 0; j < longest; ++j) a.add(load(rows + j * L)), b.add(load(rows + j * L + W));
-  const double n = double(longest);
+  if (s.size[at] < longest) {
+    a.remove(load(rows), double(longest) - count[0]);
+    b.remove(load(rows + W), double(longest) - count[1]);
+  }
   Lanes mean[2], m2[2];
-  a.finish(lanes_of(s.size + at), n, load(rows), mean[0], m2[0]);
-  b.finish(lanes_of(s.size + at + W), n, load(rows + W), mean[1], m2[1]);
+  a.finish(count[0], mean[0], m2[0]), b.finish(count[1], mean[1], m2[1]);
   for (int half = 0; half < 2; ++half)
     vec_at(s.mean + at + half * W) = mean[half].v, vec_at(s.m2 + at + half * W) = m2[half].v;
 }

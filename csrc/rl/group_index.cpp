@@ -19,21 +19,23 @@ int64_t numbers_of(const int64_t* keys, int64_t n, char* memory, int64_t* number
   return GRADOPS_DISPATCH(key_numbers_long)(keys, n, memory, number);
 }
 
-// The same for pairs of keys, whose ranges are wa and wb wide, made into one key each. pairs: [n] is memory.
+// The same for pairs of keys in these ranges, each made into one key. pairs: [n] is memory.
 template <class I>
 int64_t numbers_of_pairs(const int64_t* a, const int64_t* b, int64_t n, KeyRange ra, KeyRange rb, char* memory,
                          int64_t* pairs, I* number) {
+  const auto too_many = [](uint64_t a, uint64_t b) {
+    uint64_t product;
+    return a == 0 || b == 0 || __builtin_mul_overflow(a, b, &product);
+  };
   const uint64_t wb = width(rb);
-  uint64_t product;
-  if (width(ra) != 0 && wb != 0 && !__builtin_mul_overflow(width(ra), wb, &product)) {
-    for (int64_t i = 0; i < n; ++i)
-      pairs[i] = int64_t((uint64_t(a[i]) - uint64_t(ra.low)) * wb + (uint64_t(b[i]) - uint64_t(rb.low)));
-  } else {  // each is numbered by itself
-    const int64_t groups = numbers_of(b, n, memory, number);
-    for (int64_t i = 0; i < n; ++i) pairs[i] = number[i];
-    numbers_of(a, n, memory, number);
-    for (int64_t i = 0; i < n; ++i) pairs[i] += number[i] * groups;
-  }
+  uint64_t wa = width(ra), low = uint64_t(ra.low);
+  const bool numbered = too_many(wa, wb);  // a is, then, by itself; and so is b, if need be
+  if (numbered) wa = uint64_t(numbers_of(a, n, memory, number)), low = 0;
+  for (int64_t i = 0; i < n; ++i) pairs[i] = int64_t((numbered ? uint64_t(number[i]) : uint64_t(a[i])) - low);
+  const bool both = too_many(wa, wb);
+  const uint64_t columns = both ? uint64_t(numbers_of(b, n, memory, number)) : wb;
+  for (int64_t i = 0; i < n; ++i)
+    pairs[i] = int64_t(uint64_t(pairs[i]) * columns + (both ? uint64_t(number[i]) : uint64_t(b[i]) - uint64_t(rb.low)));
   return numbers_of(pairs, n, memory, number);
 }
 
@@ -101,10 +103,10 @@ void number_keys(const int64_t* a, const int64_t* b, int64_t n, bool ordered, in
   };
   cut(Cutter(thread_scratch(cut(Cutter()))));
   s.groups = most;
-  std::memset(places, 0, size_t(most) * sizeof(I));
   const int64_t low = ra.low, columns = int64_t(wb), low_b = rb.low;
+  if (!direct) s.groups = b ? numbers_of_pairs(a, b, n, ra, rb, table, pairs, number) : numbers_of(a, n, table, number);
+  std::memset(places, 0, size_t(s.groups) * sizeof(I));
   if (!direct) {
-    s.groups = b ? numbers_of_pairs(a, b, n, ra, rb, table, pairs, number) : numbers_of(a, n, table, number);
     for (int64_t i = 0; i < n; ++i) ++places[number[i]];
   } else if (!b) {
     for (int64_t i = 0; i < n; ++i) ++places[number[i] = I(a[i] - low)];

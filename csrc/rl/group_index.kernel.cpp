@@ -48,11 +48,21 @@ struct KeyTable {
       other |= differing(*reinterpret_cast<const Keys*>(bucket + k), Keys{} + key) << k;
     return ~other & 0xff;
   }
+  [[gnu::always_inline]] int64_t bucket(int64_t key) const {
+    const uint64_t mixed = (uint64_t(key) ^ uint64_t(key) >> 32) * 0x9e3779b97f4a7c15u;
+    return int64_t(mixed >> shift) * kBucket;
+  }
+  // Asks for what the key will need, where the cache may not have it.
+  [[gnu::always_inline]] void prefetch(const int64_t* key, const int64_t* end) const {
+    constexpr int64_t kCached = 1 << 16, kAhead = 16;
+    if (slots <= kCached || end - key <= kAhead) return;
+    const int64_t at = bucket(key[kAhead]);
+    __builtin_prefetch(keys + at, 1), __builtin_prefetch(numbers + at, 1);
+  }
   // The key's slot. One that has none gets an empty one and the number that add() returns.
   template <class Add>
   [[gnu::always_inline]] int64_t slot(int64_t key, const Add& add) const {
-    const uint64_t mixed = (uint64_t(key) ^ uint64_t(key) >> 32) * 0x9e3779b97f4a7c15u;
-    int64_t at = int64_t(mixed >> shift) * kBucket;
+    int64_t at = bucket(key);
     for (;; at = (at + kBucket) & (slots - 1)) {
       if (const uint64_t mine = with(keys + at, key)) [[likely]]
         return at + __builtin_ctzll(mine);
@@ -72,6 +82,7 @@ template <class I>
   int64_t next = groups;
   for (; i < n && 2 * next < table.slots; ++i) {
     const int64_t key = keys[i];
+    table.prefetch(keys + i, keys + n);
     if (key == kNone) [[unlikely]] {
       if (none < 0) distinct[none = next++] = key;
       number[i] = I(none);
@@ -89,8 +100,10 @@ int64_t number_all(const int64_t* keys, int64_t n, char* memory, I* number) {
   int64_t* const distinct = reinterpret_cast<int64_t*>(memory);
   for (int64_t i = 0, slots = kFirstSlots; i < n; slots *= 2) {
     const KeyTable<I> table(memory + (n + 7) / 8 * 64, slots);
-    for (int64_t g = 0; g < groups; ++g)
+    for (int64_t g = 0; g < groups; ++g) {
+      table.prefetch(distinct + g, distinct + groups);
       if (g != none) table.slot(distinct[g], [&] { return g; });
+    }
     i = number_some(table, keys, i, n, number, distinct, groups, none);
   }
   return groups;

@@ -33,13 +33,16 @@ struct GridSums {
   static Lanes total(Bits units, Lanes unit) {
     return Lanes(__builtin_convertvector(reinterpret_cast<const Vec<int64_t>&>(units), Vec<double>)) * unit;
   }
-  // Of `added` terms all but `count` were those of x, which do not count. m2 is NaN where an item is not finite.
-  void finish(Lanes count, Lanes added, Lanes x, Lanes& mean, Lanes& m2) const {
-    const Lanes t = x + shift, least = zero * zero + wide;
-    const Bits n = whole(count), more = whole(added - count);
-    const Lanes sum = total(first - n * bits(zero) - more * bits(t), grain * 0x1p-52);
-    const Lanes squares =  // of d
-        total(second - n * bits(least) - more * bits(t * t + wide), wide * 0x1p-51) - 2. * zero * sum;
+  // Takes off what `times` terms of x have added.
+  void remove(Lanes x, Lanes times) {
+    const Lanes t = x + shift;
+    first -= whole(times) * bits(t), second -= whole(times) * bits(t * t + wide);
+  }
+  // m2 is NaN where an item is not finite.
+  void finish(Lanes count, Lanes& mean, Lanes& m2) const {
+    const Bits n = whole(count);
+    const Lanes sum = total(first - n * bits(zero), grain * 0x1p-52);
+    const Lanes squares = total(second - n * bits(zero * zero + wide), wide * 0x1p-51) - 2. * zero * sum;  // of d
     // No finite term changes the grain's exponent.
     const Lanes poison = select({(any ^ bits(grain)) >> 52 == 0}, 0., __builtin_nan(""));
     mean = sum / count, m2 = squares - sum * mean + poison;
