@@ -75,31 +75,18 @@ struct Sorted {               // in ascending order of size; number: from the fi
   alignas(kVectorBytes) double same[kSorted + L];
 };
 
-typedef int32_t Places __attribute__((vector_size(4 * L)));
-template <int... N>
-constexpr Places places(std::integer_sequence<int, N...>) {
-  return Places{N...};
-}
-
-// L groups' items j .. j + L; beyond a group's end its first item. Reads also what lies there, where `inside` x.
+// L groups' items j .. j + L. Reads also what lies beyond a group's end, where `inside` x.
 template <class T>
 [[gnu::always_inline]] inline void load_rows(const T* x, const int64_t* first, const int32_t* size, int64_t j,
                                              bool inside, Vec<float>* row) {
-  if (inside && j + L <= size[0]) {  // the shortest
+  if (inside) {
 #pragma GCC unroll 16
     for (int k = 0; k < L; ++k) row[k] = (Vec<float>)floats_at<L>(x + first[k] + j);
     return;
   }
-  if (inside) {
-    const Places place = places(std::make_integer_sequence<int, L>()) + int32_t(j);
-#pragma GCC unroll 16
-    for (int k = 0; k < L; ++k)
-      row[k] = place < size[k] ? (Vec<float>)floats_at<L>(x + first[k] + j) : Vec<float>{} + widen(x[first[k]]);
-    return;
-  }
   alignas(kVectorBytes) float rows[L][L];  // apart from `row`, which is to stay in registers
   for (int k = 0; k < L; ++k)
-    for (int64_t i = 0; i < L; ++i) rows[k][i] = widen(x[first[k] + (j + i < size[k] ? j + i : 0)]);
+    for (int64_t i = 0; i < L; ++i) rows[k][i] = j + i < size[k] ? widen(x[first[k] + j + i]) : 0.f;
 #pragma GCC unroll 16
   for (int k = 0; k < L; ++k) row[k] = vec_at(rows[k]);
 }
@@ -119,15 +106,26 @@ template <class Op>
 // Groups at .. at + L are put side by side into rows, and their ranges found.
 template <class T>
 void transpose_groups(const T* x, bool inside, Sorted& s, int at, float* rows) {
-  Vec<float> low = Vec<float>{} + kInf, high = -low;
-  for (int64_t j = 0; j < s.size[at + L - 1]; j += L) {
+  const int32_t* size = s.size + at;
+  const int64_t shortest = size[0], longest = size[L - 1];
+  Vec<float> count, low = Vec<float>{} + kInf, high = -low;
+  for (int k = 0; k < L; ++k) count[k] = float(size[k]);
+  for (int64_t j = 0; j < longest; j += L) {
     Vec<float> r[L];
-    load_rows(x, s.first + at, s.size + at, j, inside, r);
+    load_rows(x, s.first + at, size, j, inside, r);
     transpose<float>(r);
 #pragma GCC unroll 16
     for (int k = 0; k < L; ++k) vec_at(rows + (j + k) * L) = r[k];
-    low = smaller(over_rows(r, [](auto a, auto b) { return smaller(a, b); }), low);
-    high = larger(over_rows(r, [](auto a, auto b) { return larger(a, b); }), high);
+    if (j + L <= shortest) {
+      low = smaller(over_rows(r, [](auto a, auto b) { return smaller(a, b); }), low);
+      high = larger(over_rows(r, [](auto a, auto b) { return larger(a, b); }), high);
+    } else {
+      for (int64_t k = j; k < j + L && k < longest; ++k) {
+        const auto in = Vec<float>{} + float(k) < count;
+        const Vec<float> v = vec_at(rows + k * L);
+        low = smaller(in ? v : kInf, low), high = larger(in ? v : -kInf, high);
+      }
+    }
   }
   vec_at(s.least + at) = low, vec_at(s.most + at) = high;
 }
@@ -146,14 +144,16 @@ typedef int32_t Ints __attribute__((vector_size(4 * W)));
 
 // Groups at .. at + L, side by side in rows.
 void measure(Sorted& s, int at, const float* rows) {
-  const int64_t longest = s.size[at + L - 1];
-  const Lanes count[2] = {lanes_of(s.size + at), lanes_of(s.size + at + W)};
+  const int32_t* size = s.size + at;
+  const int64_t shortest = size[0], longest = size[L - 1];
+  const Lanes count[2] = {lanes_of(size), lanes_of(size + W)};
   GridSums a(load(s.least + at), load(s.most + at)), b(load(s.least + at + W), load(s.most + at + W));
+  int64_t j = 0;
 #pragma GCC unroll 4
-  for (int64_t j = 0; j < longest; ++j) a.add(load(rows + j * L)), b.add(load(rows + j * L + W));
-  if (s.size[at] < longest) {
-    a.remove(load(rows), double(longest) - count[0]);
-    b.remove(load(rows + W), double(longest) - count[1]);
+  for (; j < shortest; ++j) a.add(load(rows + j * L)), b.add(load(rows + j * L + W));
+  for (; j < longest; ++j) {
+    a.add(load(rows + j * L), Lanes(double(j)) < count[0]);
+    b.add(load(rows + j * L + W), Lanes(double(j)) < count[1]);
   }
   Lanes mean[2], m2[2];
   a.finish(count[0], mean[0], m2[0]), b.finish(count[1], mean[1], m2[1]);
@@ -239,8 +239,8 @@ Map<T> map_of(const GroupRow& t) {
   return {static_cast<const T*>(t.items.x), static_cast<float*>(t.out), t.degenerate};
 }
 
-// Sorts groups [begin, end), at most kSorted, behind repeats of the first that make their number a multiple of L;
-// leaves out empty and large groups.
+// Sorts groups [begin, end), at most kSorted, behind empty ones that make their number a multiple of L; leaves out
+// empty and large groups.
 void sort(const GroupRow& t, int64_t begin, int64_t end, Sorted& s) {
   const int groups = int(end - begin);
   int64_t first[kSorted + 1] = {};
@@ -266,7 +266,7 @@ void sort(const GroupRow& t, int64_t begin, int64_t end, Sorted& s) {
     const int to = place[size[k]]++;
     s.first[to] = first[k], s.size[to] = size[k], s.number[to] = k;
   }
-  for (int k = 0; k < pads && used; ++k) s.first[k] = s.first[pads], s.size[k] = s.size[pads];
+  for (int k = 0; k < pads; ++k) s.first[k] = first[0], s.size[k] = 0;
   s.used = pads + used, s.filled = used;
 }
 

@@ -26,7 +26,7 @@ inline uint64_t differing(Keys a, Keys b) {
 
 // A hash table of at most half as many keys as slots: a key is in the first bucket from its own on that has, or had
 // when it came, a slot left. Whole buckets are compared, so that next to no branch is taken by chance.
-constexpr int kBucket = 8;
+constexpr int kBucket = W < 4 ? 4 : W;
 constexpr int64_t kNone = INT64_MIN;  // as a key: an empty slot
 template <class I>
 struct KeyTable {
@@ -46,7 +46,7 @@ struct KeyTable {
     uint64_t other = 0;
     for (int k = 0; k < kBucket; k += W)
       other |= differing(*reinterpret_cast<const Keys*>(bucket + k), Keys{} + key) << k;
-    return ~other & 0xff;
+    return ~other & ((1 << kBucket) - 1);
   }
   [[gnu::always_inline]] int64_t bucket(int64_t key) const {
     const uint64_t mixed = (uint64_t(key) ^ uint64_t(key) >> 32) * 0x9e3779b97f4a7c15u;

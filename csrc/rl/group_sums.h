@@ -29,20 +29,19 @@ struct GridSums {
     const Lanes t = x + shift;
     first += bits(t), second += bits(t * t + wide), any |= bits(t);
   }
-  static Bits whole(Lanes x) { return __builtin_convertvector(x.v, Bits); }
-  static Lanes total(Bits units, Lanes unit) {
-    return Lanes(__builtin_convertvector(reinterpret_cast<const Vec<int64_t>&>(units), Vec<double>)) * unit;
-  }
-  // Takes off what `times` terms of x have added.
-  void remove(Lanes x, Lanes times) {
+  [[gnu::always_inline]] void add(Lanes x, Mask in) {
     const Lanes t = x + shift;
-    first -= whole(times) * bits(t), second -= whole(times) * bits(t * t + wide);
+    const Bits m = reinterpret_cast<const Bits&>(in.m);
+    first += bits(t) & m, second += bits(t * t + wide) & m, any |= bits(t) & m;
+  }
+  static Lanes total(Bits sum, Lanes least, Lanes count, Lanes unit) {
+    const Bits n = __builtin_convertvector(count.v, Bits), units = sum - n * bits(least);
+    return Lanes(__builtin_convertvector(reinterpret_cast<const Vec<int64_t>&>(units), Vec<double>)) * unit;
   }
   // m2 is NaN where an item is not finite.
   void finish(Lanes count, Lanes& mean, Lanes& m2) const {
-    const Bits n = whole(count);
-    const Lanes sum = total(first - n * bits(zero), grain * 0x1p-52);
-    const Lanes squares = total(second - n * bits(zero * zero + wide), wide * 0x1p-51) - 2. * zero * sum;  // of d
+    const Lanes sum = total(first, zero, count, grain * 0x1p-52);
+    const Lanes squares = total(second, zero * zero + wide, count, wide * 0x1p-51) - 2. * zero * sum;  // of d
     // No finite term changes the grain's exponent.
     const Lanes poison = select({(any ^ bits(grain)) >> 52 == 0}, 0., __builtin_nan(""));
     mean = sum / count, m2 = squares - sum * mean + poison;
