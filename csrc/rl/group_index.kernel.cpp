@@ -52,10 +52,11 @@ struct KeyTable {
     const uint64_t mixed = (uint64_t(key) ^ uint64_t(key) >> 32) * 0x9e3779b97f4a7c15u;
     return int64_t(mixed >> shift) * kBucket;
   }
-  // Asks for what the key will need, where the cache may not have it.
+  bool is_large() const { return slots > 1 << 16; }  // for the cache
+  // Asks for what a later key will need.
   [[gnu::always_inline]] void prefetch(const int64_t* key, const int64_t* end) const {
-    constexpr int64_t kCached = 1 << 16, kAhead = 16;
-    if (slots <= kCached || end - key <= kAhead) return;
+    constexpr int64_t kAhead = 16;
+    if (end - key <= kAhead) return;
     const int64_t at = bucket(key[kAhead]);
     __builtin_prefetch(keys + at, 1), __builtin_prefetch(numbers + at, 1);
   }
@@ -76,13 +77,13 @@ struct KeyTable {
 };
 
 // Numbers the keys from i on until the table is half full; returns where that is, or n.
-template <class I>
+template <bool kLarge, class I>
 [[gnu::noinline]] int64_t number_some(const KeyTable<I> table, const int64_t* keys, int64_t i, int64_t n, I* number,
                                       int64_t* distinct, int64_t& groups, int64_t& none) {
   int64_t next = groups;
   for (; i < n && 2 * next < table.slots; ++i) {
     const int64_t key = keys[i];
-    table.prefetch(keys + i, keys + n);
+    if constexpr (kLarge) table.prefetch(keys + i, keys + n);
     if (key == kNone) [[unlikely]] {
       if (none < 0) distinct[none = next++] = key;
       number[i] = I(none);
@@ -101,10 +102,11 @@ int64_t number_all(const int64_t* keys, int64_t n, char* memory, I* number) {
   for (int64_t i = 0, slots = kFirstSlots; i < n; slots *= 2) {
     const KeyTable<I> table(memory + (n + 7) / 8 * 64, slots);
     for (int64_t g = 0; g < groups; ++g) {
-      table.prefetch(distinct + g, distinct + groups);
+      if (table.is_large()) table.prefetch(distinct + g, distinct + groups);
       if (g != none) table.slot(distinct[g], [&] { return g; });
     }
-    i = number_some(table, keys, i, n, number, distinct, groups, none);
+    const auto some = table.is_large() ? number_some<true, I> : number_some<false, I>;
+    i = some(table, keys, i, n, number, distinct, groups, none);
   }
   return groups;
 }
