@@ -26,7 +26,6 @@ void run_numbered(const GroupRow& row, const SortedKeys& keys) {
   const int64_t n = row.items.items;
   GroupRow grouped = row;
   grouped.maps = reinterpret_cast<GroupMap*>(keys.spare);
-  grouped.same = reinterpret_cast<bool*>(grouped.maps + row.groups);
   grouped.items.x = row.out;
   for (int64_t g = 0; g < row.groups; ++g) keys.places[g] = int32_t(row.offsets[g]);
   const auto place = [&](auto zero) {
@@ -89,7 +88,7 @@ void cpu::group_advantages(const GroupTask& t, void*, void*) {
     GroupRow row = first;
     row.blend = blend;
     const SortedKeys keys =
-        t.out ? sort_keys(t.groups.ids, strata, n, !is_plain(row) || n >= kManyItems, sizeof(GroupMap) + 1)
+        t.out ? sort_keys(t.groups.ids, strata, n, !is_plain(row) || n >= kManyItems, sizeof(GroupMap))
               : sort_numbers(t.groups.ids, n, t.groups.groups);
     row.offsets = keys.offsets, row.groups = keys.groups;
     row.order = keys.order, row.long_order = keys.long_order;

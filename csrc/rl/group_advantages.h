@@ -15,9 +15,16 @@ struct GroupTask {
   bool* degenerate;  // [batch, items], with out
 };
 
-// The advantage of a group's item is (value - base) * gain.
+// The advantage of a group's item is (value - base) * gain; if the group is degenerate, gain itself, and base no number
+// but `same`, which no calculation gives.
 struct GroupMap {
   double base, gain;
+  static constexpr int64_t same = 0x7ff8000000000001;
+  static GroupMap of(double base, double gain, bool degenerate, double value) {
+    if (!degenerate) return {base, gain};
+    return {__builtin_bit_cast(double, same), (value - base) * gain};
+  }
+  bool is_same() const { return __builtin_bit_cast(int64_t, base) == same; }
 };
 
 // Groups [begin, end) of one row. The item at position p is order[p], or p itself.
@@ -34,7 +41,6 @@ struct GroupRow {
   double* stats;
   bool blend;      // with what `out` holds
   GroupMap* maps;  // [groups], or null: instead of advantages, of what is_plain
-  bool* same;      // with maps: whether the group is degenerate
 };
 GRADOPS_DECLARE(void, group_rows, const GroupRow&, int64_t begin, int64_t end)
 // The same, for what is_plain.

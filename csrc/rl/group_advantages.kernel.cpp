@@ -244,7 +244,7 @@ void solve(Work& k, Buffer& b) {
   const GroupAffine<Lanes> a = affine_of(s, t.rule, t.batch_spread, t.items.weights != nullptr);
   const Mask single = is_single(s, t.rule), same = is_degenerate(s);
   if (t.maps) {  // one group
-    t.maps[k.first] = {s.low[0] - a.shift[0], a.gain[0]}, t.same[k.first] = same.m[0] != 0;
+    t.maps[k.first] = GroupMap::of(s.low[0] - a.shift[0], a.gain[0], same.m[0] != 0, s.low[0]);
     return;
   }
   each_block(k, b, [&](int64_t rows, int64_t row) {

@@ -217,20 +217,21 @@ template <class A, int... N>
 [[gnu::always_inline]] inline auto joined(A a, A b, std::integer_sequence<int, N...>) {
   return __builtin_shufflevector(a, b, N...);
 }
-// The maps of W items side by side. A map is loaded whole.
+// The maps of every second one of 2 kCount items, side by side. A map is loaded whole.
 template <int kCount>
 [[gnu::always_inline]] inline auto maps_of(const GroupMap* maps, const int32_t* number) {
   if constexpr (kCount == 1)
     return reinterpret_cast<const Pair&>(maps[*number]);
   else
-    return joined(maps_of<kCount / 2>(maps, number), maps_of<kCount / 2>(maps, number + kCount / 2),
+    return joined(maps_of<kCount / 2>(maps, number), maps_of<kCount / 2>(maps, number + kCount),
                   std::make_integer_sequence<int, 2 * kCount>());
 }
 template <int... N>
 [[gnu::always_inline]] inline void gather(const GroupMap* maps, const int32_t* number, Lanes& base, Lanes& gain,
                                           std::integer_sequence<int, N...>) {
-  const auto a = maps_of<W / 2>(maps, number), b = maps_of<W / 2>(maps, number + W / 2);
-  base = __builtin_shufflevector(a, b, (2 * N)...), gain = __builtin_shufflevector(a, b, (2 * N + 1)...);
+  const auto a = maps_of<W / 2>(maps, number), b = maps_of<W / 2>(maps, number + 1);  // in pairs: no lane is crossed
+  base = __builtin_shufflevector(a, b, (N % 2 ? W + N - 1 : N)...);
+  gain = __builtin_shufflevector(a, b, (N % 2 ? W + N : N + 1)...);
 }
 
 template <class T>
@@ -296,7 +297,7 @@ void run(const GroupRow& t, int64_t begin, int64_t end) {
     const auto map_at = [&](int i) { return GroupMap{s.mean[i], s.m2[i]}; };
     if (t.maps)
       for (int i = pads; i < s.used; ++i)
-        t.maps[g0 + s.number[i]] = map_at(i), t.same[g0 + s.number[i]] = s.same[i] == 1;
+        t.maps[g0 + s.number[i]] = GroupMap::of(s.mean[i], s.m2[i], s.same[i] == 1, s.least[i]);
     else
       for (int i = pads; i < s.used; ++i) map.group(s.first[i], s.size[i], map_at(i), s.same[i] == 1);
     for (int i = pads; i < s.used && !all_finite; ++i)
@@ -306,6 +307,7 @@ void run(const GroupRow& t, int64_t begin, int64_t end) {
   }
 }
 
+typedef char Flags __attribute__((vector_size(W)));
 template <class T>
 void map_items(const GroupRow& t, const int32_t* number, int64_t begin, int64_t end) {
   const Map<T> map = map_of<T>(t);
@@ -313,10 +315,16 @@ void map_items(const GroupRow& t, const int32_t* number, int64_t begin, int64_t 
   for (; i + W <= end; i += W) {
     Lanes base, gain;
     gather(t.maps, number + i, base, gain, std::make_integer_sequence<int, W>());
-    store(map.out + i, (load(map.x + i) - base) * gain + 0.);
-    for (int k = 0; k < W; ++k) map.degenerate[i + k] = t.same[number[i + k]];
+    const Mask same{bits(base) == Bits{} + uint64_t(GroupMap::same)};
+    store(map.out + i, select(same, gain, (load(map.x + i) - base) * gain) + 0.);
+    const auto flags = __builtin_convertvector(same.m & 1, Flags);
+    __builtin_memcpy(map.degenerate + i, &flags, W);
   }
-  for (; i < end; ++i) map.one(i, t.maps[number[i]], t.same[number[i]]);
+  for (; i < end; ++i) {
+    const GroupMap& m = t.maps[number[i]];
+    map.one(i, m, m.is_same());
+    if (m.is_same()) map.out[i] = float(m.gain + 0.);
+  }
 }
 
 }  // namespace

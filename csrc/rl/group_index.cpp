@@ -12,40 +12,31 @@ uint64_t width(KeyRange r) { return uint64_t(r.high) - uint64_t(r.low) + 1; }  /
 // Keys close together index a table; others are hashed.
 bool fits(uint64_t width, int64_t n) { return width != 0 && width <= uint64_t(4 * n + 1024); }
 
-uint64_t mixed(uint64_t x) {
-  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-  return x ^ x >> 31;
+int64_t numbers_of(const int64_t* keys, int64_t n, char* memory, int32_t* number) {
+  return GRADOPS_DISPATCH(key_numbers)(keys, n, memory, number);
+}
+int64_t numbers_of(const int64_t* keys, int64_t n, char* memory, int64_t* number) {
+  return GRADOPS_DISPATCH(key_numbers_long)(keys, n, memory, number);
 }
 
-int64_t table_size(int64_t n) {
-  int64_t size = 64;
-  while (size < 2 * n) size *= 2;
-  return size;
-}
-
-// Numbers the distinct keys in order of first appearance. table: [table_size(n)], first: [n], where a number was
-// first seen.
+// The same for pairs of keys in these ranges, each made into one key. pairs: [n] is memory.
 template <class I>
-int64_t number_by_hash(const int64_t* a, const int64_t* b, int64_t n, I* table, I* first, I* ids) {
-  const int64_t mask = table_size(n) - 1;
-  std::memset(table, 0xff, size_t(mask + 1) * sizeof(I));
-  int64_t groups = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint64_t hash = mixed(uint64_t(a[i]) + (b ? mixed(uint64_t(b[i]) + 0x9e3779b97f4a7c15u) : 0));
-    for (int64_t at = int64_t(hash) & mask;; at = (at + 1) & mask) {
-      const I g = table[at];
-      if (g < 0) {
-        table[at] = I(groups), first[groups] = I(i), ids[i] = I(groups++);
-        break;
-      }
-      if (a[first[g]] == a[i] && (!b || b[first[g]] == b[i])) {
-        ids[i] = g;
-        break;
-      }
-    }
-  }
-  return groups;
+int64_t numbers_of_pairs(const int64_t* a, const int64_t* b, int64_t n, KeyRange ra, KeyRange rb, char* memory,
+                         int64_t* pairs, I* number) {
+  const auto too_many = [](uint64_t a, uint64_t b) {
+    uint64_t product;
+    return a == 0 || b == 0 || __builtin_mul_overflow(a, b, &product);
+  };
+  const uint64_t wb = width(rb);
+  uint64_t wa = width(ra), low = uint64_t(ra.low);
+  const bool numbered = too_many(wa, wb);  // a is, then, by itself; and so is b, if need be
+  if (numbered) wa = uint64_t(numbers_of(a, n, memory, number)), low = 0;
+  for (int64_t i = 0; i < n; ++i) pairs[i] = int64_t((numbered ? uint64_t(number[i]) : uint64_t(a[i])) - low);
+  const bool both = too_many(wa, wb);
+  const uint64_t columns = both ? uint64_t(numbers_of(b, n, memory, number)) : wb;
+  for (int64_t i = 0; i < n; ++i)
+    pairs[i] = int64_t(uint64_t(pairs[i]) * columns + (both ? uint64_t(number[i]) : uint64_t(b[i]) - uint64_t(rb.low)));
+  return numbers_of(pairs, n, memory, number);
 }
 
 // offsets: [groups + 1], the sums of counts before each; counts become the same.
@@ -99,21 +90,23 @@ void number_keys(const int64_t* a, const int64_t* b, int64_t n, bool ordered, in
   const uint64_t wa = width(ra), wb = b ? width(rb) : 1;
   const bool direct = fits(wa, n) && fits(wb, n) && fits(wa * wb, n / 4);  // every place is a group
   const int64_t most = direct ? int64_t(wa * wb) : n;
-  I *table = nullptr, *first = nullptr;
+  char* table = nullptr;
+  int64_t* pairs = nullptr;
   const auto cut = [&](Cutter c) {
     s.offsets = c.take<int64_t>(most + 1);
     number = c.take<I>(n), places = c.take<I>(most);
     if (ordered) order = c.take<I>(n);
-    if (!direct) table = c.take<I>(table_size(n)), first = c.take<I>(n);
     s.spare = c.take<char>(spare * most);
+    if (!direct && b) pairs = c.take<int64_t>(n);
+    if (!direct) table = c.take<char>(key_table_bytes(n, sizeof(I)));
     return c.bytes();
   };
   cut(Cutter(thread_scratch(cut(Cutter()))));
   s.groups = most;
-  std::memset(places, 0, size_t(most) * sizeof(I));
   const int64_t low = ra.low, columns = int64_t(wb), low_b = rb.low;
+  if (!direct) s.groups = b ? numbers_of_pairs(a, b, n, ra, rb, table, pairs, number) : numbers_of(a, n, table, number);
+  std::memset(places, 0, size_t(s.groups) * sizeof(I));
   if (!direct) {
-    s.groups = number_by_hash(a, b, n, table, first, number);
     for (int64_t i = 0; i < n; ++i) ++places[number[i]];
   } else if (!b) {
     for (int64_t i = 0; i < n; ++i) ++places[number[i] = I(a[i] - low)];
@@ -141,13 +134,7 @@ int64_t cpu::group_ids(const int64_t* labels, int64_t n, int64_t* ids) {
     }
     return groups;
   }
-  int64_t *table, *first;
-  const auto cut = [&](Cutter c) {
-    table = c.take<int64_t>(table_size(n)), first = c.take<int64_t>(n);
-    return c.bytes();
-  };
-  cut(Cutter(thread_scratch(cut(Cutter()))));
-  return number_by_hash<int64_t>(labels, nullptr, n, table, first, ids);
+  return numbers_of(labels, n, thread_scratch(key_table_bytes(n, 8)), ids);
 }
 
 void cpu::group_order(const int64_t* ids, int64_t n, int64_t groups, int64_t* order, int64_t* offsets) {

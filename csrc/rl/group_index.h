@@ -12,6 +12,19 @@ struct KeyRange {
 GRADOPS_DECLARE(KeyRange, key_range, const int64_t* keys, int64_t n)  // n > 0
 // Offsets of runs of equal keys, where keys never decrease; else -1. offsets: [n + 8] are written, n > 0.
 GRADOPS_DECLARE(int64_t, key_runs, const int64_t* keys, int64_t n, int64_t* offsets)
+// Numbers the distinct keys in order of first appearance: number[i] is that of keys[i]. Returns how many there are.
+// memory: key_table_bytes(n), aligned to 64, of which only what the distinct keys need is touched. n < 2^31 for
+// int32_t.
+GRADOPS_DECLARE(int64_t, key_numbers, const int64_t* keys, int64_t n, char* memory, int32_t* number)
+GRADOPS_DECLARE(int64_t, key_numbers_long, const int64_t* keys, int64_t n, char* memory, int64_t* number)
+
+constexpr int64_t kFirstSlots = 512;
+// The distinct keys, and a table of at least twice as many slots.
+inline int64_t key_table_bytes(int64_t n, int64_t number_size) {
+  int64_t slots = kFirstSlots;
+  while (slots < 2 * n + 2) slots *= 2;
+  return (n + 7) / 8 * 64 + slots * (8 + number_size);
+}
 }  // namespace gradops
 
 namespace gradops::cpu {

@@ -22,7 +22,7 @@ struct Mask {
 struct Lanes {
   Vec<double> v;
   Lanes() : v{} {}
-  Lanes(double x) : v(Vec<double>{} + x) {}
+  Lanes(double x) : v(x - Vec<double>{}) {}  // as it is; + would turn -0 into 0
   Lanes(Vec<double> x) : v(x) {}
   double operator[](int i) const { return v[i]; }
   friend Lanes operator+(Lanes a, Lanes b) { return a.v + b.v; }

@@ -202,6 +202,18 @@ def test_pairs_of_labels(backend):
     assert torch.equal(group_advantages(rewards, ids=(prompt, turn), preset="trloo")[0], a.cpu())
 
 
+def test_pairs_of_any_range():
+    """Two labels become one key, each by itself first where 64 bits would not hold it; tables grow on the way."""
+    g = seeded()
+    wide = torch.tensor([-(2**63), 2**63 - 1, 0, 7, -1])[torch.randint(0, 5, (3000,), generator=g)]
+    sparse = torch.randint(-(2**40), 2**40, (900,), generator=g)[torch.randint(0, 900, (3000,), generator=g)]
+    rewards = torch.randn(3000, generator=g)
+    for pair in itertools.product((wide, sparse, sparse % 5), repeat=2):
+        numbers = torch.unique(torch.stack(pair), dim=1, return_inverse=True)[1]
+        want = group_advantages(rewards, ids=numbers)
+        assert all(torch.equal(x, y) for x, y in zip(group_advantages(rewards, ids=pair), want, strict=True))
+
+
 @pytest.mark.parametrize("singleton", ["zero", "keep", "group"])
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
 def test_strata(backend, alpha, singleton):
