@@ -20,6 +20,13 @@ struct Plane {  // a batch of matrices whose columns lie side by side; null: not
   int64_t batch = 0, row = 0;  // distances in elements
 };
 
+template <class T>
+struct ResultPlane {  // the same for a result
+  T* data = nullptr;
+  int64_t batch = 0, row = 0;
+  T* at(int64_t item, int64_t r) const { return data + item * batch + r * row; }
+};
+
 struct GptqBlock {
   Plane w, u, original, pull;
   Plane scale_in, zero_in;            // rows x groups; null: from each group's columns, when its first is reached
@@ -31,10 +38,10 @@ struct GptqBlock {
   float beta;
   bool pull_first;
   bool latent_rounded;    // `latent` gets w - e u[j][j] (the authors' code) and not w
-  uint8_t* codes;         // batch x rows x cols, like q, e and latent
-  float *q, *e, *latent;  // e: null without u; latent: null without pull
-  float *scale, *zero;    // batch x rows x groups; null with scale_in
-  float* loss;            // batch x rows: sum over columns of ((w - q) / u[j][j])^2 / 2
+  ResultPlane<uint8_t> codes;         // batch x rows x cols, like q, e and latent
+  ResultPlane<float> q, e, latent;    // e: may be null; latent: null without pull
+  ResultPlane<float> scale, zero;     // batch x rows x groups; null with scale_in
+  float* loss;                        // batch x rows: sum over columns of ((w - q) / u[j][j])^2 / 2
 };
 
 constexpr int64_t kMostGptqColumns = 128;  // of a block with u
