@@ -37,11 +37,11 @@ struct GptqBlock {
   GridTask grid;
   float beta;
   bool pull_first;
-  bool latent_rounded;    // `latent` gets w - e u[j][j] (the authors' code) and not w
-  ResultPlane<uint8_t> codes;         // batch x rows x cols, like q, e and latent
-  ResultPlane<float> q, e, latent;    // e: may be null; latent: null without pull
-  ResultPlane<float> scale, zero;     // batch x rows x groups; null with scale_in
-  float* loss;                        // batch x rows: sum over columns of ((w - q) / u[j][j])^2 / 2
+  bool latent_rounded;              // `latent` gets w - e u[j][j] (the authors' code) and not w
+  ResultPlane<uint8_t> codes;       // batch x rows x cols, like q, e and latent
+  ResultPlane<float> q, e, latent;  // e: may be null; latent: null without pull
+  ResultPlane<float> scale, zero;   // batch x rows x groups; null with scale_in
+  float* loss;                      // batch x rows: sum over columns of ((w - q) / u[j][j])^2 / 2
 };
 
 constexpr int64_t kMostGptqColumns = 128;  // of a block with u

@@ -68,8 +68,7 @@ void gptq_block_(Tensor codes, Tensor q, Maybe e, Maybe latent, Maybe scales, Ma
   STD_TORCH_CHECK(bool(pull) == bool(latent), "gptq_block: pull and latent go together");
   STD_TORCH_CHECK(bool(scale) == bool(zero) && bool(scale) == bool(group),
                   "gptq_block: scale, zero and group go together");
-  STD_TORCH_CHECK(bool(scales) == bool(zeros) && bool(scales) != bool(scale),
-                  "gptq_block: scales are given or found");
+  STD_TORCH_CHECK(bool(scales) == bool(zeros) && bool(scales) != bool(scale), "gptq_block: scales are given or found");
   const int64_t groups = scale ? scale->size(-1) : (cols + group_size - 1) / group_size;
   if (u) batch.check(*u, "u", {cols, cols}, ScalarType::Float);
   if (original) batch.check(*original, "original", {rows, cols}, ScalarType::Float);

@@ -11,7 +11,7 @@
 namespace gradops {
 
 struct SpreadTask {
-  void* w;  // all of float, or all of double
+  void* w;                   // all of float, or all of double
   const void *e, *u, *base;  // base: or null
   int64_t w_batch, w_row, e_batch, e_row, u_batch, u_row, u_col, base_batch, base_row;  // distances in elements
   int64_t batch, rows, cols, depth;
