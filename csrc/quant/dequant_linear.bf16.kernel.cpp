@@ -96,7 +96,7 @@ void unpack(const Run& run, const int32_t* zero, int32_t* panel) {
 
 // The first `cols` columns of a tile, all rows of a block. More than kRows rows share what was unpacked.
 template <int b>
-void multiply_tile(const Run& run, const int32_t* zero, int64_t cols, const int32_t* x, int64_t pairs, int64_t first,
+void multiply_tile(const Run& run, const int32_t* zero, int64_t cols, const int32_t* x, int64_t inputs, int64_t first,
                    int64_t rows, float* y, int64_t y_row) {
   alignas(64) int32_t panel[kMostPairs * kWide * kLane];
   const auto part_at = [&](int64_t c) __attribute__((always_inline)) {
@@ -107,7 +107,7 @@ void multiply_tile(const Run& run, const int32_t* zero, int64_t cols, const int3
   const auto tile = [&](auto count, auto wide, int64_t r, int64_t c,
                         const int32_t* unpacked) __attribute__((always_inline)) {
     constexpr int R = decltype(count)::value, N = decltype(wide)::value;
-    multiply<b, R, N>(part_at(c), zero + c, unpacked, x + r * pairs + first * R, y + r * y_row + c, y_row);
+    multiply<b, R, N>(part_at(c), zero + c, unpacked, x + r * inputs + first * R, y + r * y_row + c, y_row);
   };
   const auto rest = [&](auto f, int64_t r) __attribute__((always_inline)) {
     const int64_t left = rows - r;
@@ -143,7 +143,7 @@ void dequant_arrange_bf16(const DequantLinearTask& t, int64_t begin, int64_t end
   const int64_t unit = unit_inputs(t.w.bits), half = unit / 2;
   for (int64_t first = begin; first < end; first += kRows) {
     const int64_t rows = end - first < kRows ? end - first : kRows, R = padded_rows(rows);
-    int32_t* const at = reinterpret_cast<int32_t*>(to) + first * inputs / 2;
+    int32_t* const at = reinterpret_cast<int32_t*>(to) + first * inputs;  // half of it is used
     for (int64_t r = 0; r < R; ++r) {
       const uint16_t* x = static_cast<const uint16_t*>(t.x) + (first + r) * t.w.in;
       const auto one = [&](int64_t i) { return uint32_t(r < rows && i < t.w.in ? x[i] : 0); };
@@ -162,8 +162,8 @@ void dequant_linear_tiles_bf16(const DequantLinearTask& t, const DequantPlan& pl
               if constexpr (b == 2 || b == 4) {
                 int32_t* const pairs = reinterpret_cast<int32_t*>(zero + kTile);  // room for another table
                 for (int64_t n = 0; n < kTile; ++n) pairs[n] = int32_t(zero[n]) * 0x10001;
-                multiply_tile<b>(run, pairs, cols, reinterpret_cast<const int32_t*>(x), plan.inputs / 2, input / 2,
-                                 rows, y, y_row);
+                multiply_tile<b>(run, pairs, cols, reinterpret_cast<const int32_t*>(x), plan.inputs, input / 2, rows, y,
+                                 y_row);
               }
             });
 }
