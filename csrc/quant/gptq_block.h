@@ -10,6 +10,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/host_device.h"
 #include "common/isa.h"
 #include "quant/rounding.h"
 
@@ -24,7 +25,7 @@ template <class T>
 struct ResultPlane {  // the same for a result
   T* data = nullptr;
   int64_t batch = 0, row = 0;
-  T* at(int64_t item, int64_t r) const { return data + item * batch + r * row; }
+  GRADOPS_SHARED T* at(int64_t item, int64_t r) const { return data + item * batch + r * row; }
 };
 
 struct GptqBlock {
