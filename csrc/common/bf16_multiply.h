@@ -86,32 +86,38 @@ using Sums = __m512[kRows][2];
 constexpr long kAhead = 8 * kPart;  // bytes of the left operand between its use and its prefetch
 
 template <int N>
-GRADOPS_INLINE inline void multiply_rows(const char* left, const char* right, Sums& sums) {
+GRADOPS_INLINE inline void multiply_rows(const char* left, const char* right, const char* ahead, Sums& sums) {
   const auto bf16s = [](__m512i v) GRADOPS_INLINE { return (__m512bh)v; };
   const auto pair = [](const char* p) GRADOPS_INLINE { return _mm512_set1_epi32(*reinterpret_cast<const int*>(p)); };
-#pragma GCC unroll 4
-  for (long k = 0; k < 16; ++k) {
-    __m512i even[N], odd[N];
-    if (k % 2 == 0)  // strided, so the processor does not see it coming: 1.1 to 1.4 times faster beyond L2
-      for (int q = 0; q < N; ++q) _mm_prefetch(left + kAhead + q * kPart + 32 * k, _MM_HINT_T0);
+  for (long pair_of_k = 0; pair_of_k < 16; pair_of_k += 2) {
+    // Rows of the left operand are strided, and all of a chunk of the right one is read in a quarter of the time that
+    // it is used for: the processor sees neither coming. 1.1 to 1.4 times faster beyond L2.
     for (int q = 0; q < N; ++q) {
-      even[q] = load(right + q * kPart + 64 * k);
-      odd[q] = load(right + q * kPart + kTile + 64 * k);
+      _mm_prefetch(left + kAhead + q * kPart + 32 * pair_of_k, _MM_HINT_T0);
+      _mm_prefetch(ahead + q * kPart + 32 * pair_of_k, _MM_HINT_T0);
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i l = pair(left + 64 * r + 4 * k);
+#pragma GCC unroll 2
+    for (long k = pair_of_k; k < pair_of_k + 2; ++k) {
+      __m512i even[N], odd[N];
       for (int q = 0; q < N; ++q) {
-        sums[r][0] = _mm512_dpbf16_ps(sums[r][0], bf16s(l), bf16s(even[q]));
-        sums[r][1] = _mm512_dpbf16_ps(sums[r][1], bf16s(l), bf16s(odd[q]));
+        even[q] = load(right + q * kPart + 64 * k);
+        odd[q] = load(right + q * kPart + kTile + 64 * k);
       }
-    }
-    if constexpr (N == 2) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const __m512i l = pair(left + kPart + 64 * r + 4 * k);
-        sums[r][0] = _mm512_dpbf16_ps(sums[r][0], bf16s(l), bf16s(even[0]));
-        sums[r][1] = _mm512_dpbf16_ps(sums[r][1], bf16s(l), bf16s(odd[0]));
+        const __m512i l = pair(left + 64 * r + 4 * k);
+        for (int q = 0; q < N; ++q) {
+          sums[r][0] = _mm512_dpbf16_ps(sums[r][0], bf16s(l), bf16s(even[q]));
+          sums[r][1] = _mm512_dpbf16_ps(sums[r][1], bf16s(l), bf16s(odd[q]));
+        }
+      }
+      if constexpr (N == 2) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const __m512i l = pair(left + kPart + 64 * r + 4 * k);
+          sums[r][0] = _mm512_dpbf16_ps(sums[r][0], bf16s(l), bf16s(even[0]));
+          sums[r][1] = _mm512_dpbf16_ps(sums[r][1], bf16s(l), bf16s(odd[0]));
+        }
       }
     }
   }
@@ -131,7 +137,8 @@ GRADOPS_INLINE inline void multiply(const char* left, const char* right, long n,
       for (int r = 0; r < kRows; ++r)
         for (int h = 0; h < 2; ++h) sums[r][h] = _mm512_setzero_ps();
       for (long p = p0; p < p1; ++p)
-        multiply_rows<N>(left + p * N * kPart + g * kRows * 64, right + p * N * kPart, sums);
+        multiply_rows<N>(left + p * N * kPart + g * kRows * 64, right + p * N * kPart,
+                         right + (p + kChunk) * N * kPart + g * (kPart / kGroups), sums);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
         for (int h = 0; h < 2; ++h) {

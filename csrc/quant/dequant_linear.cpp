@@ -56,10 +56,15 @@ void cpu::dequant_linear(const DequantLinearTask& t, void* workspace, void*) {
   float* x = static_cast<float*>(workspace);
   DequantPlan plan{group.data(), runs.data(), int64_t(runs.size()), false, int64_t(group.size()), x};
   for (const InputRun& run : runs) plan.mixed |= run.group < 0;
-  const auto arrange = GRADOPS_DISPATCH(dequant_arrange);
+  using Arrange = void (*)(const DequantLinearTask&, int64_t, int64_t, int64_t, float*);
+  using Multiply = void (*)(const DequantLinearTask&, const DequantPlan&, int64_t, int64_t, char*);
+  Arrange arrange = GRADOPS_DISPATCH(dequant_arrange);
+  Multiply multiply = GRADOPS_DISPATCH(dequant_linear_tiles);
+  const Multiply pairs = GRADOPS_DISPATCH_BF16(dequant_linear_tiles_bf16);
+  if (pairs && t.type == Element::bf16 && !plan.mixed && (t.w.bits == 2 || t.w.bits == 4))
+    multiply = pairs, arrange = GRADOPS_DISPATCH_BF16(dequant_arrange_bf16);
   parallel_for(0, (t.rows + 7) / 8, 32768 / (8 * plan.inputs + 1) + 1,
                [&](int64_t b, int64_t e) { arrange(t, 8 * b, 8 * e < t.rows ? 8 * e : t.rows, plan.inputs, x); });
-  const auto multiply = GRADOPS_DISPATCH(dequant_linear_tiles);
   const int64_t bytes = GRADOPS_DISPATCH(dequant_scratch)(t.w, t.rows);
   const int64_t tiles =
       (t.rows + kDequantRows - 1) / kDequantRows * ((t.w.out + kDequantColumns - 1) / kDequantColumns);

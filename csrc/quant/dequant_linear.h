@@ -63,6 +63,11 @@ GRADOPS_DECLARE(int64_t, dequant_scratch, const PackedWeight&, int64_t rows)  //
 // Tiles [begin, end) of ceil(rows / kDequantRows) x ceil(out / kDequantColumns)
 GRADOPS_DECLARE(void, dequant_linear_tiles, const DequantLinearTask&, const DequantPlan&, int64_t begin, int64_t end,
                 char* scratch)
+// The same for x in bf16, 2 or 4 bits and a plan that is not mixed. Their scratch memory is that of the others.
+GRADOPS_DECLARE_BF16(void, dequant_arrange_bf16, const DequantLinearTask&, int64_t begin, int64_t end, int64_t inputs,
+                     float* to)
+GRADOPS_DECLARE_BF16(void, dequant_linear_tiles_bf16, const DequantLinearTask&, const DequantPlan&, int64_t begin,
+                     int64_t end, char* scratch)
 // Tiles [begin, end) of ceil(out / kDequantColumns)
 GRADOPS_DECLARE(void, dequant_weight_tiles, const DequantWeightTask&, const int32_t* group, int64_t begin, int64_t end,
                 char* scratch)

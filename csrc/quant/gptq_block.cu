@@ -68,7 +68,6 @@ __global__ void __launch_bounds__(32 * kWarps, 4) columns_kernel(const __grid_co
   if (row >= t.rows) return;  // whole warps
   const float unit = t.unit ? t.unit[item] : 1.f;
   const auto live = [&](int r) { return row + r < t.rows; };
-  const auto out = [&](int r) { return (item * t.rows + row + r) * t.cols; };
   float w[kRows][kSlots], loss[kRows] = {}, scale[kRows], zero[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
@@ -108,8 +107,8 @@ __global__ void __launch_bounds__(32 * kWarps, 4) columns_kernel(const __grid_co
           });
           scale[r] = found.scale, zero[r] = found.zero;
           if (lane == 0 && live(r)) {
-            const int64_t to = (item * t.rows + row + r) * t.groups + i / t.group_size;
-            t.scale[to] = scale[r], t.zero[to] = zero[r];
+            const int64_t g = i / t.group_size;
+            t.scale.at(item, row + r)[g] = scale[r], t.zero.at(item, row + r)[g] = zero[r];
           }
         }
       }
@@ -128,10 +127,10 @@ __global__ void __launch_bounds__(32 * kWarps, 4) columns_kernel(const __grid_co
         const float rest = now - near.value, moved = kFoem ? rest - away : rest, e = moved / diagonal;
         loss[r] += rest * rest * (0.5f / (diagonal * diagonal));
         if (lane == at && live(r)) {
-          t.codes[out(r) + i] = uint8_t(near.code);
-          t.q[out(r) + i] = near.value;
-          t.e[out(r) + i] = e;
-          if constexpr (kPull) t.latent[out(r) + i] = t.latent_rounded ? now - e * diagonal : now;
+          t.codes.at(item, row + r)[i] = uint8_t(near.code);
+          t.q.at(item, row + r)[i] = near.value;
+          if (t.e.data) t.e.at(item, row + r)[i] = e;
+          if constexpr (kPull) t.latent.at(item, row + r)[i] = t.latent_rounded ? now - e * diagonal : now;
         }
 #pragma unroll
         for (int k = slot; k < kSlots; ++k) {
@@ -166,8 +165,8 @@ __global__ void __launch_bounds__(32 * kWarps) round_kernel(const __grid_constan
         for (int64_t c = first + lane; c < end; c += 32) f(w[c]);
       });
       if (lane == 0) {
-        t.scale[index * t.groups + first / width] = range.scale;
-        t.zero[index * t.groups + first / width] = range.zero;
+        t.scale.at(item, row)[first / width] = range.scale;
+        t.zero.at(item, row)[first / width] = range.zero;
       }
     }
     for (int64_t c = first + lane; c < end; c += 32) {
@@ -179,8 +178,8 @@ __global__ void __launch_bounds__(32 * kWarps) round_kernel(const __grid_constan
         range.zero = known ? t.zero_in.data[item * t.zero_in.batch + row * t.zero_in.row + group] : nan;
       }
       const Rounded near = round_to_grid<kInteger>(w[c], range.scale, range.zero, t.grid.most);
-      t.codes[index * t.cols + c] = uint8_t(near.code);
-      t.q[index * t.cols + c] = near.value;
+      t.codes.at(item, row)[c] = uint8_t(near.code);
+      t.q.at(item, row)[c] = near.value;
       loss += 0.5f * (w[c] - near.value) * (w[c] - near.value);
     }
   }

@@ -10,6 +10,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/host_device.h"
 #include "common/isa.h"
 #include "quant/rounding.h"
 
@@ -18,6 +19,13 @@ namespace gradops {
 struct Plane {  // a batch of matrices whose columns lie side by side; null: not given
   const float* data = nullptr;
   int64_t batch = 0, row = 0;  // distances in elements
+};
+
+template <class T>
+struct ResultPlane {  // the same for a result
+  T* data = nullptr;
+  int64_t batch = 0, row = 0;
+  GRADOPS_SHARED T* at(int64_t item, int64_t r) const { return data + item * batch + r * row; }
 };
 
 struct GptqBlock {
@@ -30,11 +38,11 @@ struct GptqBlock {
   GridTask grid;
   float beta;
   bool pull_first;
-  bool latent_rounded;    // `latent` gets w - e u[j][j] (the authors' code) and not w
-  uint8_t* codes;         // batch x rows x cols, like q, e and latent
-  float *q, *e, *latent;  // e: null without u; latent: null without pull
-  float *scale, *zero;    // batch x rows x groups; null with scale_in
-  float* loss;            // batch x rows: sum over columns of ((w - q) / u[j][j])^2 / 2
+  bool latent_rounded;              // `latent` gets w - e u[j][j] (the authors' code) and not w
+  ResultPlane<uint8_t> codes;       // batch x rows x cols, like q, e and latent
+  ResultPlane<float> q, e, latent;  // e: may be null; latent: null without pull
+  ResultPlane<float> scale, zero;   // batch x rows x groups; null with scale_in
+  float* loss;                      // batch x rows: sum over columns of ((w - q) / u[j][j])^2 / 2
 };
 
 constexpr int64_t kMostGptqColumns = 128;  // of a block with u

@@ -10,7 +10,7 @@ using V = Vec<float>;
 constexpr int kLane = kLanes<float>, kVecs = 2, kTile = kVecs * kLane;
 constexpr int kPanel = kVectorRegisters / 4;  // columns whose running values stay in registers, kVecs vectors each
 
-V spread(float x) { return V{} + x; }
+V spread(float x) { return x - V{}; }  // the compiler sees that nothing is left to subtract
 V load(const float* p) { return vec_at(p); }
 V lesser(V a, V b) { return a < b ? a : b; }
 V greater(V a, V b) { return a > b ? a : b; }
@@ -215,8 +215,9 @@ void run_piece(const GptqBlock& t, const Scratch& m, int64_t item, int64_t row, 
         }
       }
       find_scales(m.w + s * kTile, end - s, t.grid, unit, m.scale, m.zero);
-      const int64_t at = (item * t.rows + row) * t.groups + (first + s) / t.group_size;
-      for (int64_t r = 0; r < rows; ++r) t.scale[at + r * t.groups] = m.scale[r], t.zero[at + r * t.groups] = m.zero[r];
+      const int64_t at = (first + s) / t.group_size;
+      for (int64_t r = 0; r < rows; ++r)
+        t.scale.at(item, row + r)[at] = m.scale[r], t.zero.at(item, row + r)[at] = m.zero[r];
     }
     const int64_t done = !t.scale_in.data ? s : 0;  // columns whose share has been taken
     int64_t group = -1;
@@ -305,7 +306,9 @@ void gptq_tiles(const GptqBlock& t, int64_t begin, int64_t end, char* scratch) {
       if (t.pull.data) pack_panels(t.pull, item, t.cols, segment_cols(t), m.pull);
       packed = item;
     }
-    const int64_t out = (item * t.rows + row) * t.cols;
+    const auto write = [&](const float* tile, const auto& to, int64_t c, int64_t cols) {
+      write_tile(tile, rows, cols, to.at(item, row) + c, to.row);
+    };
     V loss[kVecs] = {};
     for (int64_t c = 0; c < t.cols; c += width) {
       const int64_t cols = t.cols - c < width ? t.cols - c : width;
@@ -314,15 +317,15 @@ void gptq_tiles(const GptqBlock& t, int64_t begin, int64_t end, char* scratch) {
         read_tile(t.original.data + item * t.original.batch + row * t.original.row + c, t.original.row, rows, cols,
                   m.original);
       run(t, m, item, row, rows, c, cols, loss);
-      write_tile(m.w, rows, cols, t.q + out + c, t.cols);
-      write_tile(m.code, rows, cols, t.codes + out + c, t.cols);
-      if (t.e) write_tile(m.e, rows, cols, t.e + out + c, t.cols);
-      if (t.latent && t.latent_rounded) {
+      write(m.w, t.q, c, cols);
+      write(m.code, t.codes, c, cols);
+      if (t.e.data) write(m.e, t.e, c, cols);
+      if (t.latent.data && t.latent_rounded) {
         const float* u = t.u.data + item * t.u.batch;
         for (int64_t i = 0; i < cols; ++i)
           for (int64_t r = 0; r < kTile; ++r) m.latent[i * kTile + r] -= m.e[i * kTile + r] * u[i * t.u.row + i];
       }
-      if (t.latent) write_tile(m.latent, rows, cols, t.latent + out + c, t.cols);
+      if (t.latent.data) write(m.latent, t.latent, c, cols);
     }
     for (int64_t r = 0; r < rows; ++r) t.loss[item * t.rows + row + r] = loss[r / kLane][r % kLane];
   }

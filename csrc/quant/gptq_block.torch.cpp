@@ -40,11 +40,21 @@ Plane plane(const Tensor& x, std::vector<Tensor>& kept) {
           direct ? x.stride(-2) : cols};
 }
 
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// The rows of a result, which must lie at fixed distances.
+template <class T>
+ResultPlane<T> rows_of(const Tensor& x) {
+  const int64_t rows = x.size(-2), cols = x.size(-1);
+  STD_TORCH_CHECK((cols <= 1 || x.stride(-1) == 1) && (x.dim() <= 3 || x.is_contiguous()),
+                  "gptq_block_: the columns of a result must lie side by side");
+  T* const data = static_cast<T*>(x.mutable_data_ptr());
+  if (x.dim() > 3) return {data, rows * cols, cols};
+  return {data, x.dim() == 3 ? x.stride(0) : 0, x.stride(-2)};
+}
 
-Result gptq_block(const Tensor& w, Maybe u, Maybe original, Maybe pull, Maybe scale, Maybe zero, Maybe group,
-                  Maybe unit, int64_t group_size, int64_t bits, bool symmetric, bool one_sided, double mse,
-                  int64_t grid, int64_t scale_type, double beta, bool pull_first, bool latent_rounded) {
+void gptq_block_(Tensor codes, Tensor q, Maybe e, Maybe latent, Maybe scales, Maybe zeros, Tensor loss, const Tensor& w,
+                 Maybe u, Maybe original, Maybe pull, Maybe scale, Maybe zero, Maybe group, Maybe unit,
+                 int64_t group_size, int64_t bits, bool symmetric, bool one_sided, double mse, int64_t grid,
+                 int64_t scale_type, double beta, bool pull_first, bool latent_rounded) {
   STD_TORCH_CHECK(w.dim() >= 2, "gptq_block: w must have at least 2 dimensions, got ", w.dim());
   const Batch batch(w);
   const int64_t rows = w.size(-2), cols = w.size(-1);
@@ -54,9 +64,11 @@ Result gptq_block(const Tensor& w, Maybe u, Maybe original, Maybe pull, Maybe sc
   STD_TORCH_CHECK(grid >= 0 && grid <= 2, "gptq_block: grid must be 0, 1 or 2, got ", grid);
   STD_TORCH_CHECK(scale_type >= 0 && scale_type <= 2, "gptq_block: scale_type must be 0, 1 or 2, got ", scale_type);
   STD_TORCH_CHECK(!u || cols <= kMostGptqColumns, "gptq_block: w has more than ", kMostGptqColumns, " columns");
-  STD_TORCH_CHECK(u || (!original && !pull), "gptq_block: original and pull go with u");
+  STD_TORCH_CHECK(u || (!original && !pull && !e), "gptq_block: original, pull and e go with u");
+  STD_TORCH_CHECK(bool(pull) == bool(latent), "gptq_block: pull and latent go together");
   STD_TORCH_CHECK(bool(scale) == bool(zero) && bool(scale) == bool(group),
                   "gptq_block: scale, zero and group go together");
+  STD_TORCH_CHECK(bool(scales) == bool(zeros) && bool(scales) != bool(scale), "gptq_block: scales are given or found");
   const int64_t groups = scale ? scale->size(-1) : (cols + group_size - 1) / group_size;
   if (u) batch.check(*u, "u", {cols, cols}, ScalarType::Float);
   if (original) batch.check(*original, "original", {rows, cols}, ScalarType::Float);
@@ -67,21 +79,20 @@ Result gptq_block(const Tensor& w, Maybe u, Maybe original, Maybe pull, Maybe sc
     batch.check(*group, "group", {cols}, ScalarType::Long);
   }
   if (unit) batch.check(*unit, "unit", {}, ScalarType::Float);
+  batch.check(codes, "codes", {rows, cols}, ScalarType::Byte);
+  batch.check(q, "q", {rows, cols}, ScalarType::Float);
+  if (e) batch.check(*e, "e", {rows, cols}, ScalarType::Float);
+  if (latent) batch.check(*latent, "latent", {rows, cols}, ScalarType::Float);
+  if (scales) batch.check(*scales, "scales", {rows, groups}, ScalarType::Float);
+  if (zeros) batch.check(*zeros, "zeros", {rows, groups}, ScalarType::Float);
+  batch.check(loss, "loss", {rows}, ScalarType::Float);
+  STD_TORCH_CHECK(loss.is_contiguous(), "gptq_block_: loss must be contiguous");
 
   const Scope scope(w);
-  Tensor codes = empty(w, batch.shape({rows, cols}), ScalarType::Byte);
-  Tensor q = empty(w, batch.shape({rows, cols}), ScalarType::Float);
-  Tensor e = empty(w, batch.shape({rows, u ? cols : 0}), ScalarType::Float);
-  Tensor latent = empty(w, batch.shape({rows, pull ? cols : 0}), ScalarType::Float);
-  Tensor scales = empty(w, batch.shape({rows, scale ? 0 : groups}), ScalarType::Float);
-  Tensor zeros = empty(w, batch.shape({rows, scale ? 0 : groups}), ScalarType::Float);
-  Tensor loss = empty(w, batch.shape({rows}), ScalarType::Float);
   std::vector<Tensor> kept;
   kept.reserve(8);
   const auto plane_of = [&](const Maybe& x) { return x ? plane(*x, kept) : Plane(); };
-  const auto floats = [](const Tensor& x, bool wanted) {
-    return wanted ? static_cast<float*>(x.mutable_data_ptr()) : nullptr;
-  };
+  const auto floats = [](const Maybe& x) { return x ? rows_of<float>(*x) : ResultPlane<float>(); };
   GptqBlock t;
   t.w = plane(w, kept), t.u = plane_of(u), t.original = plane_of(original), t.pull = plane_of(pull);
   t.scale_in = plane_of(scale), t.zero_in = plane_of(zero);
@@ -96,10 +107,29 @@ Result gptq_block(const Tensor& w, Maybe u, Maybe original, Maybe pull, Maybe sc
   t.batch = batch.items, t.rows = rows, t.cols = cols, t.groups = groups, t.group_size = group_size;
   t.grid = {Grid(grid), ScaleType(scale_type), float((1 << bits) - 1), symmetric, one_sided, float(mse)};
   t.beta = float(beta), t.pull_first = pull_first, t.latent_rounded = latent_rounded;
-  t.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
-  t.q = floats(q, true), t.e = floats(e, bool(u)), t.latent = floats(latent, bool(pull));
-  t.scale = floats(scales, !scale), t.zero = floats(zeros, !scale), t.loss = floats(loss, true);
+  t.codes = rows_of<uint8_t>(codes), t.q = floats(q), t.e = floats(e), t.latent = floats(latent);
+  t.scale = floats(scales), t.zero = floats(zeros), t.loss = static_cast<float*>(loss.mutable_data_ptr());
   backend::gptq_block(t, scope.stream());
+}
+
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Result gptq_block(const Tensor& w, Maybe u, Maybe original, Maybe pull, Maybe scale, Maybe zero, Maybe group,
+                  Maybe unit, int64_t group_size, int64_t bits, bool symmetric, bool one_sided, double mse,
+                  int64_t grid, int64_t scale_type, double beta, bool pull_first, bool latent_rounded) {
+  STD_TORCH_CHECK(w.dim() >= 2, "gptq_block: w must have at least 2 dimensions, got ", w.dim());
+  STD_TORCH_CHECK(group_size >= 1, "gptq_block: group_size must be positive, got ", group_size);
+  const Batch batch(w);
+  const int64_t rows = w.size(-2), cols = w.size(-1), groups = scale ? 0 : (cols + group_size - 1) / group_size;
+  const auto out = [&](int64_t width, ScalarType type) { return empty(w, batch.shape({rows, width}), type); };
+  const auto wanted = [](const Tensor& x, bool wanted) { return wanted ? Maybe(x) : Maybe(); };
+  const Tensor codes = out(cols, ScalarType::Byte), q = out(cols, ScalarType::Float);
+  const Tensor e = out(u ? cols : 0, ScalarType::Float), latent = out(pull ? cols : 0, ScalarType::Float);
+  const Tensor scales = out(groups, ScalarType::Float), zeros = out(groups, ScalarType::Float);
+  const Tensor loss = empty(w, batch.shape({rows}), ScalarType::Float);
+  gptq_block_(codes, q, wanted(e, bool(u)), wanted(latent, bool(pull)), wanted(scales, !scale), wanted(zeros, !scale),
+              loss, w, u, original, pull, scale, zero, group, unit, group_size, bits, symmetric, one_sided, mse, grid,
+              scale_type, beta, pull_first, latent_rounded);
   return {codes, q, e, latent, scales, zeros, loss};
 }
 
@@ -111,5 +141,11 @@ GRADOPS_OP(
     "Tensor? group, Tensor? unit, int group_size, int bits, bool symmetric, bool one_sided, float mse, int grid, "
     "int scale_type, float beta, bool pull_first, bool latent_rounded) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+GRADOPS_OP(
+    gptq_block_,
+    "gptq_block_(Tensor(a!) codes, Tensor(b!) q, Tensor(c!)? e, Tensor(d!)? latent, Tensor(e!)? scales, "
+    "Tensor(f!)? zeros, Tensor(g!) loss, Tensor w, Tensor? u, Tensor? original, Tensor? pull, Tensor? scale, "
+    "Tensor? zero, Tensor? group, Tensor? unit, int group_size, int bits, bool symmetric, bool one_sided, float mse, "
+    "int grid, int scale_type, float beta, bool pull_first, bool latent_rounded) -> ()")
 
 }  // namespace gradops

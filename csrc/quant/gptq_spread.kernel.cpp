@@ -43,14 +43,29 @@ void pack_right(const T* u, int64_t row, int64_t col, int64_t depth, int64_t col
     }
 }
 
+template <class T>
+struct Target {  // w, where a tile of it begins
+  T* w;
+  int64_t row;
+  const T* base;  // or null
+  int64_t base_row;
+  bool add, fresh;
+  Target at(int64_t r, int64_t c) const {
+    return {w + r * row + c, row, base ? base + r * base_row + c : nullptr, base_row, add, fresh};
+  }
+  template <class X>
+  [[gnu::always_inline]] X after(X before, X sum) const {
+    return add ? before + sum : before - sum;
+  }
+};
+
 // R rows of w and a panel's columns.
 template <class T, int R>
-[[gnu::noinline]] void tile(const T* e, int64_t e_row, const T* u, int64_t depth, int64_t cols, bool add, T* w,
-                            int64_t w_row) {
+[[gnu::noinline]] void tile(const T* e, int64_t e_row, const T* u, int64_t depth, int64_t cols, const Target<T>& t) {
   constexpr int W = kLanes<T>;
   alignas(kVectorBytes) T total[R][kVectors * W] = {};  // in memory: registers hold the sum of one run
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < kVectors; ++c) __builtin_prefetch(w + r * w_row + c * W, 1);
+    for (int c = 0; c < kVectors; ++c) __builtin_prefetch(t.w + r * t.row + c * W, 1);
   for (int64_t k = 0; k < depth;) {
     Vec<T> sum[R][kVectors] = {};
     const int64_t end = least(k + kRun, depth);
@@ -61,7 +76,7 @@ template <class T, int R>
       for (int c = 0; c < kVectors; ++c) row[c] = vec_at(u + c * W);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const Vec<T> factor = Vec<T>{} + e[r * e_row + k];
+        const Vec<T> factor = e[r * e_row + k] - Vec<T>{};
 #pragma GCC unroll 4
         for (int c = 0; c < kVectors; ++c) sum[r][c] += factor * row[c];
       }
@@ -75,30 +90,34 @@ template <class T, int R>
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < kVectors; ++c) {
-      T* to = w + r * w_row + c * W;
+      const Target<T> here = t.at(r, c * W);
       const int64_t left = cols - c * W;
       if (left >= W) {
-        const Vec<T> before = load_anywhere(to), sum = vec_at(total[r] + c * W);
-        const Vec<T> after = add ? before + sum : before - sum;
-        store_anywhere(to, after);
+        Vec<T> now = here.after(t.fresh ? Vec<T>{} : load_anywhere(here.w), vec_at(total[r] + c * W));
+        if (t.base) now += load_anywhere(here.base);
+        store_anywhere(here.w, now);
       } else {
-        for (int64_t i = 0; i < left; ++i) to[i] = add ? to[i] + total[r][c * W + i] : to[i] - total[r][c * W + i];
+        for (int64_t i = 0; i < left; ++i) {
+          const T now = here.after(t.fresh ? T(0) : here.w[i], total[r][c * W + i]);
+          here.w[i] = t.base ? now + here.base[i] : now;
+        }
       }
     }
 }
 
 template <class T>
 struct Pass {  // some rows of one item, some columns, some terms
-  const SpreadTask& t;
-  T* w;
-  const T *e, *u;  // u packed, depth x cols
+  Target<T> to;
+  const T* e;
+  int64_t e_row;
+  const T* u;  // packed, depth x cols
   int64_t rows, cols, depth;
 
   template <int R>
   void tiles(int64_t& row) const {
     for (; row + R <= rows; row += R)
       for (int64_t c = 0; c < cols; c += kWidth<T>)
-        tile<T, R>(e + row * t.e_row, t.e_row, u + c * depth, depth, cols - c, t.add, w + row * t.w_row + c, t.w_row);
+        tile<T, R>(e + row * e_row, e_row, u + c * depth, depth, cols - c, to.at(row, c));
   }
   void run() const {
     int64_t row = 0;
@@ -123,14 +142,18 @@ struct Engine {
     for (int64_t item = begin / tiles; item * tiles < end; ++item) {
       const int64_t first = (begin > item * tiles ? begin - item * tiles : 0) * kRows;
       const int64_t last = least((end - item * tiles) * kRows, t.rows);
-      T* w = static_cast<T*>(t.w) + item * t.w_batch + first * t.w_row;
+      const T* base = t.base ? static_cast<const T*>(t.base) + item * t.base_batch : nullptr;
+      const Target<T> all{static_cast<T*>(t.w) + item * t.w_batch, t.w_row, base, t.base_row, t.add, t.fresh};
       const T* e = static_cast<const T*>(t.e) + item * t.e_batch + first * t.e_row;
       const T* u = static_cast<const T*>(t.u) + item * t.u_batch;
       for (int64_t c = 0; c < t.cols; c += kCols)
-        for (int64_t k = 0; k < t.depth; k += kDepth<T>) {
+        for (int64_t k = 0; k == 0 || k < t.depth; k += kDepth<T>) {
           const int64_t cols = least(t.cols - c, kCols), depth = least(t.depth - k, kDepth<T>);
           pack_right(u + k * t.u_row + c * t.u_col, t.u_row, t.u_col, depth, cols, right);
-          Pass<T>{t, w + c, e + k, right, last - first, cols, depth}.run();
+          Target<T> to = all.at(first, c);
+          to.fresh = t.fresh && k == 0;
+          if (k + depth < t.depth) to.base = nullptr;
+          Pass<T>{to, e + k, t.e_row, right, last - first, cols, depth}.run();
         }
     }
   }

@@ -106,6 +106,7 @@ void pack(const ProductTask& t, long first, long tokens, const char* x, const ch
         const auto row = [=, &offset](long k) GRADOPS_INLINE {
           if (k >= rows) return to_row<N>(_mm512_setzero_ps(), _mm512_setzero_ps());
           const long at = offset[k] + f * size;
+          _mm_prefetch(x + at + 512, _MM_HINT_T1);  // a line of every row at a time
           return pack_row<N, E>(x + at, minus ? minus + at : nullptr, t.n - f);
         };
         rows_to_vnni<N>(row(2 * pair), row(2 * pair + 1), v + (f / 32 * P + p) * N * kPart, pair);

@@ -17,6 +17,16 @@ def block(x):
             False, 0.0, 0, 0, 0.0, False, False)  # fmt: skip
 
 
+def block_into(x):
+    """The same, into parts of larger tensors."""
+    rows, n = x.shape[:-1], x.shape[-1]
+    codes, q, e = (torch.zeros(*rows, n + 3, dtype=dtype) for dtype in (torch.uint8, torch.float32, torch.float32))
+    scales, zeros = torch.zeros(2, *rows, (n + 3) // 4 + 1)
+    w, *rest = block(x)
+    return (codes[..., 1 : n + 1], q[..., 2 : n + 2], e[..., 3:], None, scales[..., 1:], zeros[..., :-1],
+            torch.zeros(rows), w, *rest)  # fmt: skip
+
+
 def columns(x):
     u = block(x)[1]
     unseen = torch.zeros_like(x[..., 0, :], dtype=torch.bool)
@@ -44,6 +54,7 @@ def codes(x):
 CALLS = {
     "gptq_block": Call(block, lambda x: quant.gptq_quantize(x, hessian(x), group_size=4).weight, derivatives=0,
                        large=lambda: torch.randn(3, 300, 97, generator=torch.Generator().manual_seed(1))),
+    "gptq_block_": Call(block_into, None, own_bits=False, vmap=False),  # returns nothing to compare
     "gptq_columns": Call(columns, lambda x: quant.gptq_quantize(x, hessian(x), method="foem").weight, derivatives=0,
                          large=lambda: torch.randn(3, 300, 297, generator=torch.Generator().manual_seed(1))),
     "gptq_spread_": Call(spread, None, own_bits=False, vmap=False),  # returns nothing to compare

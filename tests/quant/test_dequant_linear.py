@@ -77,9 +77,9 @@ def test_any_shape(rows, n, out, bits, group, order, seed):
     torch.testing.assert_close(y.double(), want, atol=2e-6 * 2**bits * max(n, 1) ** 0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("order", ["in", "any"])
-def test_a_row_does_not_depend_on_the_others(order):
-    x, *weight = problem(300, 200, 150, 4, 32, order=order)
+@pytest.mark.parametrize("order, dtype", [("in", torch.float32), ("any", torch.float32), ("in", torch.bfloat16)])
+def test_a_row_does_not_depend_on_the_others(order, dtype):
+    x, *weight = problem(300, 200, 150, 4, 32, order=order, dtype=dtype)
     y = raw(torch.ops.gradops, x, weight, 4)
     for rows in (1, 2, 3, 5, 8, 129):
         assert torch.equal(raw(torch.ops.gradops, x[-rows:], weight, 4), y[-rows:])

@@ -128,3 +128,23 @@ def test_bad_input_is_refused():
     }.items():
         with pytest.raises((RuntimeError, ValueError), match=message):
             run(("cpu", ops), **{"w": W} | arguments)
+
+
+def test_results_go_where_they_belong(backend):
+    device, ops = backend
+    W, H, _ = problem(2, rows=5, n=40)
+    U = upper(H).float()
+    want = run(backend, W, U)
+    wide = [torch.zeros(*W.shape[:-1], 64, dtype=t.dtype, device=device) for t in want[:6]]
+    parts = [x[..., 7 : 7 + t.shape[-1]] for x, t in zip(wide, want, strict=False)]
+    loss = torch.zeros(W.shape[:-1], device=device)
+    codes, q, e, _, scales, zeros = parts
+    inputs = W.to(device), U.to(device), *(None,) * 6, 16, *PLAIN.values()
+    ops.gptq_block_(codes, q, e, None, scales, zeros, loss, *inputs)
+    for x, part, t in zip(wide, parts, want, strict=False):
+        assert torch.equal(part.cpu(), t) and x.count_nonzero() == part.count_nonzero()
+    assert torch.equal(loss.cpu(), want[6])
+    ops.gptq_block_(codes.zero_(), q, None, None, scales, zeros, loss, *inputs)  # E is not wanted
+    assert torch.equal(codes.cpu(), want[0])
+    with pytest.raises(RuntimeError, match="side by side"):
+        ops.gptq_block_(codes, q.mT.contiguous().mT, e, None, scales, zeros, loss, *inputs)

@@ -29,19 +29,26 @@ def test_level(level, run_at_level):
 @settings(max_examples=30, deadline=None)
 @given(shape=st.tuples(st.integers(0, 2), st.integers(0, 30), st.integers(0, 150), st.integers(0, 70)),
        dtype=st.sampled_from([torch.float32, torch.float64]), add=st.booleans(),
-       right=st.sampled_from(["rows", "columns", "neither"]), wide=st.booleans())
-def test_any_shape_and_stride(shape, dtype, add, right, wide):
+       right=st.sampled_from(["rows", "columns", "neither"]), wide=st.booleans(), fresh=st.booleans(),
+       with_base=st.booleans())
+def test_any_shape_and_stride(shape, dtype, add, right, wide, fresh, with_base):
     batch, rows, cols, depth = shape
     whole = numbers(batch, rows, cols + 9, dtype=dtype)
     e = numbers(batch, rows, depth * (2 if wide else 1), dtype=dtype, seed=1)[..., :: 2 if wide else 1]
     u = numbers(batch, depth + 3, cols + 5, dtype=dtype, seed=2)[:, 3:, 5:]
+    base = numbers(batch, rows, cols + 2, dtype=dtype, seed=3)[..., 2:] if with_base else None
     want = whole.double()
+    if fresh:
+        whole[..., 9:] = torch.nan
+        want[..., 9:] = 0
+    if with_base:
+        want[..., 9:] += base
     want[..., 9:] += (1 if add else -1) * e.double() @ u.double()
     if right == "columns":
         u = u.mT.contiguous().mT
     elif right == "neither":
         u = torch.stack([u, u], -1)[..., 0]
-    op(whole[..., 9:], e, u, add)
+    op(whole[..., 9:], e, u, add, fresh, base)
     torch.testing.assert_close(whole.double(), want, rtol=0, atol=bound(dtype, depth))
 
 
@@ -52,8 +59,11 @@ def test_deep_products(shape, dtype):
     w, e = numbers(batch, rows, cols, dtype=dtype), numbers(batch, rows, depth, dtype=dtype, seed=1)
     u = numbers(batch, cols, depth, dtype=dtype, seed=2).mT
     want = w.double() - e.double() @ u.double()
+    out = torch.full_like(w, torch.nan)
+    op(out, e, u, False, True, w)
     op(w, e, u, False)
-    torch.testing.assert_close(w.double(), want, rtol=0, atol=bound(dtype, depth) * 4)  # the largest of many
+    for x in (w, out):
+        torch.testing.assert_close(x.double(), want, rtol=0, atol=bound(dtype, depth) * 4)  # the largest of many
 
 
 def test_rows_items_and_threads_change_no_bit():
@@ -90,6 +100,9 @@ def test_the_function_is_the_op():
     gptq_spread_(w, e, u)
     op(other, e, u, False)
     assert torch.equal(w, other)
+    gptq_spread_(w, e, u, fresh=True, base=other)
+    op(other, e, u, False)
+    torch.testing.assert_close(w, other)
 
 
 def test_bad_input_is_refused():

@@ -20,4 +20,5 @@ def _fake(w: Tensor, u: Tensor | None, original: Tensor | None, pull: Tensor | N
             out(groups), out(groups), w.new_empty(rows))
 
 
+gptq_block_ = register("gptq_block_", fake=lambda *_: None, vmap=False)  # the same, into tensors of the caller's
 gptq_block = register("gptq_block", fake=_fake)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .._op import _library, register
 from ..linalg.newton_schulz import _matmul_precision
 from ._columns import blocks, fresh_like, groups_known_until, items_together, may_hold
-from .gptq_block import gptq_block
+from .gptq_block import gptq_block, gptq_block_
 from .gptq_spread import gptq_spread_
 from .upper_factor import upper_factor
 
@@ -67,21 +67,25 @@ def _walk(tensors: Any, inverse: bool, group_size: int, fresh: bool, walk: list[
     loss.zero_()
     n = original.shape[-1]
     before = fresh_like(original)  # of the columns done: E (less W M), or X
+    lost = torch.empty_like(loss)
+    from_e = not inverse and (beta != 0 or (latent_rounded and drift is not None))  # what X is made from
+    wide = max((end - begin for begin, end in walk), default=0)
+    room = [original.new_empty(*original.shape[:2], wide) for _ in range(3)]
     latents = None if drift is None else fresh_like(before)
     # Up to column `ready`, w holds what the columns before `since` leave; from there on, nothing. With M, `ready` stays
     # 0: what is left changes with the columns that it is left for.
     w, ready, since = original, 0, 0
 
-    def leave(target: Tensor, columns: slice, from_: int, to: int) -> None:
+    def leave(target: Tensor, columns: slice, from_: int, to: int, **how: Any) -> None:
         """What columns from_ to `to` leave for these."""
-        gptq_spread_(target, before[:, :, from_:to], factor[:, from_:to, columns])
+        gptq_spread_(target, before[:, :, from_:to], factor[:, from_:to, columns], **how)
 
     def drifted(begin: int, columns: slice) -> Tensor | None:
         """W M of the columns before `begin`."""
         if latents is None or drift is None:
             return None
-        out = latents.new_zeros(len(latents), latents.shape[1], columns.stop - columns.start)
-        gptq_spread_(out, latents[:, :, :begin], drift[:, :begin, columns], add=True)
+        out = latents.new_empty(len(latents), latents.shape[1], columns.stop - columns.start)
+        gptq_spread_(out, latents[:, :, :begin], drift[:, :begin, columns], add=True, fresh=True)
         return out
 
     for begin, end in walk:
@@ -105,19 +109,20 @@ def _walk(tensors: Any, inverse: bool, group_size: int, fresh: bool, walk: list[
         u = factor[:, here, here] if inverse else upper_factor(factor[:, here, here], factored=True)[1]
         share = None
         if begin > 0:  # summed before it meets w: less is lost
-            sent, share = torch.zeros_like(current), drifted(begin, here)
+            given, current, share = current, room[0][:, :, : end - begin], drifted(begin, here)
             if inverse:
-                leave(sent, here, since if end <= ready else 0, begin)
+                leave(current, here, since if end <= ready else 0, begin, fresh=True,
+                      base=given if share is None else None)  # fmt: skip
             else:
-                share = torch.zeros_like(current) if share is None else share
-                gptq_spread_(share, before[:, :, :begin], factor[:, :begin, here], add=True)
+                fresh_share = share is None
+                share = room[1][:, :, : end - begin] if share is None else share
+                gptq_spread_(share, before[:, :, :begin], factor[:, :begin, here], add=True, fresh=fresh_share)
             if share is not None:
-                gptq_spread_(sent, share, u, add=True)
-            current = current + sent
+                gptq_spread_(current, share, u, add=True, fresh=not inverse, base=given)
         pull = None
         if drift is not None:
-            pull = torch.zeros_like(u, memory_format=torch.contiguous_format)
-            gptq_spread_(pull, drift[:, here, here], u, add=True)
+            pull = torch.empty_like(u, memory_format=torch.contiguous_format)
+            gptq_spread_(pull, drift[:, here, here], u, add=True, fresh=True)
         known: tuple[Tensor | None, ...] = (None, None, None)
         first, last = -(-begin // group_size), -(-end // group_size)  # groups that begin here
         if scale is not None and zero is not None and group is not None:
@@ -131,28 +136,24 @@ def _walk(tensors: Any, inverse: bool, group_size: int, fresh: bool, walk: list[
             low = begin // group_size
             places = torch.arange(begin, end, device=w.device) // group_size - low
             known = (scales[:, :, low:last], zeros[:, :, low:last], places.expand(len(w), end - begin))
-        codes[:, :, here], q[:, :, here], e, latent, s, z, part = gptq_block(
-            current, u, original[:, :, here] if beta != 0 else None, pull, *known, unit, group_size, *options,
-        )  # fmt: skip
-        loss += part
-        if known[0] is None:
-            scales[:, :, first:last], zeros[:, :, first:last] = s, z
+        left = before[:, :, here]
+        e = None if end == n or not (inverse or from_e) else left if inverse else room[2][:, :, : end - begin]
+        latent = None if latents is None else latents[:, :, here]
+        found = (None, None) if known[0] is not None else (scales[:, :, first:last], zeros[:, :, first:last])
+        gptq_block_(codes[:, :, here], q[:, :, here], e, latent, *found, lost, current, u,
+                    original[:, :, here] if beta != 0 else None, pull, *known, unit, group_size, *options)  # fmt: skip
+        loss += lost
         if end == n:
             continue
-        left = before[:, :, here]
-        if latents is not None:
-            latents[:, :, here] = latent
-        if not inverse and beta == 0 and not latent_rounded:
+        if e is None:
             torch.sub(original[:, :, here], q[:, :, here], out=left)
             continue
         if share is not None:
             e -= share
-        if drift is not None:
+        if latent is not None and drift is not None:
             gptq_spread_(e, latent, drift[:, here, here])
-        if inverse:
-            left.copy_(e)
-        else:
-            gptq_spread_(left.zero_(), e, u, add=True)
+        if not inverse:
+            gptq_spread_(left, e, u, add=True, fresh=True)
 
 
 def _fake(w: Tensor, unseen: Tensor, factor: Tensor, inverse: bool, drift: Tensor | None, scale: Tensor | None,

@@ -111,8 +111,7 @@ def _factor(h: Tensor, out: Tensor, percent: float, increment: float, inverse: b
     count = dead.sum(-1)
     finite = h.amax((-2, -1)).isfinite() & h.amin((-2, -1)).isfinite() if n else count == 0  # both carry NaN
     info = torch.where(finite, torch.where((count == n) & (n > 0), UNSEEN, -count), NOT_FINITE).int()
-    diagonal = diagonal + dead
-    mean = diagonal.mean(-1) if n else diagonal.sum(-1)
+    mean = (diagonal + dead).mean(-1) if n else diagonal.sum(-1)
     damp = h.new_full((len(h),), percent, dtype=torch.float64)
     tries = 0
 
@@ -120,7 +119,7 @@ def _factor(h: Tensor, out: Tensor, percent: float, increment: float, inverse: b
         """Factors these items into `out`; which of them are not definite."""
         target = out[which] if tries == 0 else out[which].zero_()
         added = damp[which].to(h.dtype) * mean[which]
-        failed = _reversed_cholesky(h[which], diagonal[which] + added[:, None], target)
+        failed = _reversed_cholesky(h[which], dead[which] + added[:, None], target)
         if not isinstance(which, slice):
             out[which] = target
         return failed & (info[which] <= 0)
@@ -144,9 +143,9 @@ def _to_identity(x: Tensor, which: Tensor) -> None:
         x.masked_fill_(which[:, None, None], 0).diagonal(0, -2, -1).masked_fill_(which[:, None], 1)
 
 
-def _reversed_cholesky(h: Tensor, diagonal: Tensor, out: Tensor) -> Tensor:
-    """R upper with R R^T = h, with this diagonal, item by item, into `out`, which is zero; which items have none.
-    Only the upper triangle of h is read."""
+def _reversed_cholesky(h: Tensor, added: Tensor, out: Tensor) -> Tensor:
+    """R upper with R R^T = h, with this added to its diagonal, item by item, into `out`, which is zero; which items
+    have none. Only the upper triangle of h is used."""
     n = h.shape[-1]
     failed = torch.zeros(len(h), dtype=torch.bool, device=h.device)
     # Block by block from the last, each after what the ones after it leave: one narrow and deep product. LAPACK
@@ -155,14 +154,13 @@ def _reversed_cholesky(h: Tensor, diagonal: Tensor, out: Tensor) -> Tensor:
     for begin in range((n - 1) // size * size, -1, -size):
         end = min(begin + size, n)
         here, above = slice(begin, end), slice(0, begin)
-        rest = h[:, :end, here].clone(memory_format=torch.contiguous_format)
-        rest[:, here].diagonal(0, -2, -1).copy_(diagonal[:, here])
-        if end < n:
-            gptq_spread_(rest, out[:, :end, end:], out[:, here, end:].mT)
+        rest = h.new_empty(len(h), end, end - begin)
+        gptq_spread_(rest, out[:, :end, end:], out[:, here, end:].mT, fresh=True, base=h[:, :end, here])
+        rest[:, here].diagonal(0, -2, -1).add_(added[:, here])
         out[:, here, here], inverse, bad = upper_factor(rest[:, here])
         failed |= bad
         if begin > 0:
-            gptq_spread_(out[:, above, here], rest[:, above], inverse.mT, add=True)
+            gptq_spread_(out[:, above, here], rest[:, above], inverse.mT, add=True, fresh=True)
     return failed
 
 
