@@ -16,7 +16,7 @@ using Floats = Vec<float>;
 using Words = Vec<uint32_t>;
 constexpr int kWide = kLanes<float>, kPair = 2 * kWide;
 
-[[gnu::always_inline]] inline Floats all(float x) { return Floats{} + x; }
+[[gnu::always_inline]] inline Floats all(float x) { return x - Floats{}; }  // Floats{} + x would be an addition: of -0
 [[gnu::always_inline]] inline Floats floats_of(Words bits) { return (Floats)bits; }
 [[gnu::always_inline]] inline Words words_of(Floats x) { return (Words)x; }
 
