@@ -15,7 +15,7 @@ constexpr double kLeast = -1021;     // the least exponent of exp2_of
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 bool finite(double x) { return x - x == 0; }
 
-double log2_of(double x) { return log_of(x) * 1.44269504088896340736; }
+[[gnu::always_inline]] inline double log2_of(double x) { return log_of(x) * 1.44269504088896340736; }
 
 // c[j] += the squares of K coordinates' differences
 template <int K, class T, class Real>
@@ -202,7 +202,7 @@ struct Pass {
       for (int64_t r = 0; r < padded; ++r) weight[r] = log2_of(weight[r]);
       for (int64_t r = 0; r < padded; ++r) {
         if (r < count && a[r] != 0)
-          total[r] = build(first + r, f[r], weight[r], t + r * stride);
+          total[r] = finite(f[r]) ? build(first + r, f[r], weight[r], t + r * stride) : f[r];
         else
           for (int64_t j = 0; j < stride; ++j) t[r * stride + j] = 0;
       }
@@ -270,14 +270,17 @@ EntropicStep step(const EntropicPass& p, double weight, double* __restrict__ sum
   const double trusted = kNoise<Real> * weight, omega = p.omega;
 #pragma omp simd reduction(+ : error, doubtful, total) reduction(max : drift)
   for (int64_t j = 0; j < p.item->columns; ++j) {
-    const double sum = sums[j] * double(v[j]), by = omega * log2_of(b[j] / sum);
-    const bool any = b[j] != 0, doubt = any && !(sums[j] >= trusted);
-    const double to = any ? doubt ? g[j] : g[j] + by : -kInfinity, moved = any ? to - base[j] : 0.;
-    const double size = __builtin_fabs(moved), scaling = any ? exp2_of(moved) : 0.;
-    g[j] = to, sums[j] = doubt ? -1. : sum;
-    v[j] = Real(scaling), total += scaling;
-    drift = size > drift ? size : drift;
-    error += any ? __builtin_fabs(sum - b[j]) : 0.;
+    const bool none = b[j] == 0, doubt = !(sums[j] >= trusted) & !none;
+    const double sum = sums[j] * double(v[j]), old = g[j], stepped = old + omega * log2_of(b[j] / sum);
+    const double distance = __builtin_fabs(sum - b[j]), to = doubt ? old : stepped;
+    const double moved = to - base[j], power = exp2_of(moved), size = __builtin_fabs(moved);
+    const double scaling = none ? 0. : power, far = none ? 0. : size;
+    g[j] = none ? -kInfinity : to;
+    sums[j] = doubt ? -1. : sum;
+    v[j] = Real(scaling);
+    total += scaling;
+    drift = far > drift ? far : drift;
+    error += none ? 0. : distance;
     doubtful += doubt ? 1. : 0.;
   }
   p.base->v_sum = total;
