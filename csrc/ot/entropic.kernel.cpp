@@ -312,14 +312,14 @@ void split(const EntropicItem& t, double span, EntropicBase& base) {
   }
 }
 
-// to log(to / t) - to + t, without cancellation: 2^k t is near `to`, and s = (to - 2^k t) / (to + 2^k t)
+// to log(to / t) - to + t, without cancellation: 2^k t is near `to`, and s = (to - 2^k t) / (to + 2^k t). t is normal.
 [[gnu::always_inline]] inline double divergence(double to, double t) {
   const int64_t bits = __builtin_bit_cast(int64_t, t);
   const int64_t k = (__builtin_bit_cast(int64_t, to) - bits + (int64_t(1) << 51)) >> 52;
   const double near = __builtin_bit_cast(double, int64_t(uint64_t(bits) + (uint64_t(k) << 52)));
   const double sum = to + near, s = (to - near) / sum, z = s * s;
   const double part = z * sum + to * s * log_tail(z) + (double(k) * 0.69314718055994530942 * to + (t - near));
-  return to > 0 ? part : t;
+  return to > 0x1p-1000 ? part : t;
 }
 
 }  // namespace
