@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <limits>
 
+#include "common/kept_memory.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "ot/relaxation.h"
@@ -31,6 +32,16 @@ constexpr int64_t kKept = 1 << 24;
 
 int64_t kernel_size(const EntropicTask& t) { return entropic_stride(t.n) * entropic_stride(t.m); }
 int64_t kernel_bytes(const EntropicTask& t) { return kernel_size(t) <= kKept ? 8 * kernel_size(t) : 0; }
+
+struct LargeMemory {  // with no page faults in the next call
+  int64_t size = 0;
+  void* const memory;
+  explicit LargeMemory(int64_t bytes) : memory(bytes > 0 ? take_kept_memory(bytes, size) : nullptr) {}
+  LargeMemory(const LargeMemory&) = delete;
+  ~LargeMemory() {
+    if (memory) give_kept_memory(memory, size);
+  }
+};
 
 // Sums over columns are made per chunk of rows and then added in order, so they do not depend on the number of threads.
 int64_t chunk_rows(const EntropicTask& t) {
@@ -295,18 +306,21 @@ class Solver {
 
 // Small problems run one per thread, large ones one after the other on all threads.
 bool side_by_side(const EntropicTask& t) { return t.batch > 1 && kernel_size(t) <= 1 << 18; }
+bool large_kernel(const EntropicTask& t) { return kernel_bytes(t) >= 8 << 20; }
 
 }  // namespace
 
 int64_t cpu::entropic_workspace(const EntropicTask& t) {
-  return side_by_side(t) ? 8 * Memory::doubles(t) * t.batch : 8 * Memory::doubles(t) + kernel_bytes(t);
+  if (side_by_side(t)) return 8 * Memory::doubles(t) * t.batch;
+  return 8 * Memory::doubles(t) + (large_kernel(t) ? 0 : kernel_bytes(t));
 }
 
 void cpu::entropic(const EntropicTask& t, void* workspace, void*) {
   const Kernels kernels;
   double* memory = static_cast<double*>(workspace);
   if (!side_by_side(t)) {
-    void* kernel = kernel_bytes(t) ? memory + Memory::doubles(t) : nullptr;
+    const LargeMemory large(large_kernel(t) ? kernel_bytes(t) : 0);
+    void* kernel = large_kernel(t) || kernel_bytes(t) == 0 ? large.memory : memory + Memory::doubles(t);
     for (int64_t k = 0; k < t.batch; ++k) Solver(t, k, memory, kernel, nullptr, kernels).run();
     return;
   }
