@@ -26,8 +26,8 @@ constexpr int kPatience = 8;
 constexpr int64_t kChunks = 64;  // at most
 // Scalings beyond 2^kReach have the kernel made again: float must hold their products with its entries.
 constexpr double kReach = 40;
-// Entries of a kernel that is kept. From one that is larger than the caches, threads that share the memory would not get
-// entries faster than they can make them.
+// Entries of a kernel that is kept. From one that is larger than the caches, threads that share the memory would not
+// get entries faster than they can make them.
 constexpr int64_t kKept = 1 << 24;
 
 int64_t kernel_size(const EntropicTask& t) { return entropic_stride(t.n) * entropic_stride(t.m); }
@@ -327,8 +327,7 @@ void cpu::entropic(const EntropicTask& t, void* workspace, void*) {
   parallel_for(0, t.batch, 1, [&](int64_t begin, int64_t end) {
     char* scratch = thread_scratch(entropic_scratch(t.m) + kernel_bytes(t));
     void* kernel = scratch + entropic_scratch(t.m);
-    for (int64_t k = begin; k < end; ++k)
-      Solver(t, k, memory + k * Memory::doubles(t), kernel, scratch, kernels).run();
+    for (int64_t k = begin; k < end; ++k) Solver(t, k, memory + k * Memory::doubles(t), kernel, scratch, kernels).run();
   });
 }
 

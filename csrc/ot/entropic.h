@@ -5,9 +5,13 @@
 // at the potentials known so far, one iteration is
 //   r_i = sum_j s_ij,          f_i += log2(a_i / r_i),
 //   q_j = sum_i s_ij a_i/r_i,  g_j += log2(b_j / q_j):
-// the iterates of the log-domain algorithm, at one exponential and one read per entry. The potentials of the last
-// iteration are the shift that keeps the exponentials in range; sums that say otherwise are made again with the largest
-// exponent as the shift. Exponentials are float while the plan is far from its marginals, and double at the end.
+// the iterates of the log-domain algorithm. On the CPU the plan of an earlier iteration, with its rows' sums about 1,
+// is kept as a kernel, of which s_ij are multiples by a factor per row and column: an iteration is a multiplication by
+// it and by its transpose, in one read, as a group of rows is still in the cache when its factors are known. Where a
+// factor leaves the range of float, or a sum that of its terms, the kernel or the row is made again, at one exponential
+// per entry; of a problem too large to keep it, in every iteration. The potentials of the last iteration are the shift
+// that keeps the exponentials in range; sums that say otherwise are made again with the largest exponent as the shift.
+// Entries are float while the plan is far from its marginals, and double at the end.
 #pragma once
 #include <cstdint>
 
@@ -75,8 +79,8 @@ struct EntropicRounding {  // of the plan to its marginals: t_ij x_i y_j + e_i h
 
 // A base of the potentials of now, and v = 1. `span`: the largest |f_i|, which the grid fits as well.
 GRADOPS_DECLARE(void, entropic_base, const EntropicItem&, bool in_double, double span, EntropicBase&)
-// Rows [begin, end): the step in f, and their part of q_j / v_j in `sums`, of entropic_stride(columns) numbers. begin is
-// a multiple of kEntropicStep, and so are the rows of the kernel. scratch: entropic_scratch() bytes.
+// Rows [begin, end): the step in f, and their part of q_j / v_j in `sums`, of entropic_stride(columns) numbers. begin
+// is a multiple of kEntropicStep, and so are the rows of the kernel. scratch: entropic_scratch() bytes.
 GRADOPS_DECLARE(EntropicOutcome, entropic_pass, const EntropicPass&, int64_t begin, int64_t end, void* scratch,
                 double* sums)
 // q_j of columns [begin, end) as largest exponent and sum of the others' powers: log2 q_j = top_j + log2(sums_j)

@@ -73,8 +73,7 @@ template <>
 struct Exponents<double> {
   const double *c, *g;
   double f, scale;
-  Exponents(const EntropicPass& p, const double* costs, double shift)
-      : Exponents(*p.item, p.base->g, costs, shift) {}
+  Exponents(const EntropicPass& p, const double* costs, double shift) : Exponents(*p.item, p.base->g, costs, shift) {}
   Exponents(const EntropicItem& t, const double* potentials, const double* costs, double shift)
       : c(costs), g(potentials), f(shift), scale(t.scale) {}
   [[gnu::always_inline]] double operator[](int64_t j) const { return f + g[j] - c[j] * scale; }
@@ -83,7 +82,8 @@ template <>
 struct Exponents<float> {
   const float *c, *g_high, *g_low;
   float f_high, f_low, scale_high, scale_low;
-  Exponents(const EntropicPass& p, const float* costs, double shift) : c(costs), g_high(p.base->g_high), g_low(p.base->g_low) {
+  Exponents(const EntropicPass& p, const float* costs, double shift)
+      : c(costs), g_high(p.base->g_high), g_low(p.base->g_low) {
     const double round = p.base->grid * 0x1.8p52, high = (shift + round) - round;
     f_high = float(high), f_low = float(shift - double(f_high));
     // Cut off downwards, so that scale_low > 0 and an infinite cost makes both parts -infinity, and no NaN.
