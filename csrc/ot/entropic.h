@@ -38,6 +38,7 @@ struct EntropicTask {
 // dual value; KL(R, T) / mass with R the plan rounded to its marginals, so that <R, C> + reg sum r (log r - 1) is the
 // dual value + reg KL(R, T); (|T 1 - a|_1 + |T' 1 - b|_1) / mass; iterations; EntropicStatus
 constexpr int64_t kEntropicReport = 5;
+constexpr double kEntropicRounding = 1e-15;  // of a row's mass: what it may seem to lack when it lacks nothing
 
 struct EntropicItem {  // one problem
   Cost cost;           // with n and m as they lie in memory

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kRun = 1024;  // columns whose float sums are made before they go on in double
 constexpr double kInfinity = __builtin_inf();
-constexpr double kRounding = 1e-15;  // of a row's mass: what it may seem to lack when it lacks nothing
 constexpr double kLeast = -1021;     // the least exponent of exp2_of
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -394,7 +393,7 @@ double entropic_gap(const EntropicItem& item, const EntropicRounding& u, int64_t
       kept += t[j] * y[j], cut += t[j] * (1 - y[j]), parted += t[j] * apart[j];
     }
     const double missing = item.a[i] - x * kept, fill = missing / u.total;
-    if (!(u.total > 0 && missing > kRounding * item.a[i])) {
+    if (!(u.total > 0 && missing > kEntropicRounding * item.a[i])) {
       // With d(r) = r log r - r + 1, d(x y) = y d(x) + x d(y) + (1 - x) (1 - y), and none of these is negative.
       gap += divergence(x, 1.) * kept + x * parted + (1 - x) * cut;
       continue;
