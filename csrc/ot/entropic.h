@@ -99,7 +99,7 @@ GRADOPS_DECLARE(double, entropic_gap, const EntropicItem&, const EntropicRoundin
 constexpr int64_t kEntropicStep = 16, kEntropicRows = 64, kEntropicBlock = 32768;
 inline int64_t entropic_stride(int64_t columns) { return (columns + 15) / 16 * 16; }
 // Rows that are summed one way and the other before the next ones: what fits the L1 cache, if that is enough
-inline int64_t entropic_rows(int64_t stride, int64_t size) {
+inline int64_t entropic_group(int64_t stride, int64_t size) {
   const int64_t fit = kEntropicBlock / ((stride > 0 ? stride : 1) * size) / kEntropicStep * kEntropicStep;
   return fit < kEntropicStep ? kEntropicStep : fit < kEntropicRows ? fit : kEntropicRows;
 }

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kRun = 1024;  // columns whose float sums are made before they go on in double
 constexpr double kInfinity = __builtin_inf();
-constexpr double kLeast = -1021;     // the least exponent of exp2_of
+constexpr double kLeast = -1021;  // the least exponent of exp2_of
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 bool finite(double x) { return x - x == 0; }
@@ -250,7 +250,7 @@ struct Pass {
 
 template <class Real>
 EntropicOutcome pass(const EntropicPass& p, int64_t begin, int64_t end, void* scratch, double* sums) {
-  const int64_t stride = entropic_stride(p.item->columns), rows = entropic_rows(stride, sizeof(Real));
+  const int64_t stride = entropic_stride(p.item->columns), rows = entropic_group(stride, sizeof(Real));
   Real* const memory = static_cast<Real*>(scratch);
   Real* const kernel = static_cast<Real*>(p.kernel);
   const Pass<Real> part{.p = p, .buffer = memory + rows * stride};
