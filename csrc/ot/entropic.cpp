@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <limits>
 
+#include "common/kept_memory.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "ot/relaxation.h"
@@ -23,29 +24,49 @@ constexpr double kFloatError = 1e-6;
 constexpr double kStuckError = 1e-3;
 constexpr int kPatience = 8;
 constexpr int64_t kChunks = 64;  // at most
+// Scalings beyond 2^kReach have the kernel made again: float must hold their products with its entries.
+constexpr double kReach = 40;
+// Entries of a kernel that is kept. From one that is larger than the caches, threads that share the memory would not
+// get entries faster than they can make them.
+constexpr int64_t kKept = 1 << 24;
+
+int64_t kernel_size(const EntropicTask& t) { return entropic_stride(t.n) * entropic_stride(t.m); }
+int64_t kernel_bytes(const EntropicTask& t) { return kernel_size(t) <= kKept ? 8 * kernel_size(t) : 0; }
+
+struct LargeMemory {  // with no page faults in the next call
+  int64_t size = 0;
+  void* const memory;
+  explicit LargeMemory(int64_t bytes) : memory(bytes > 0 ? take_kept_memory(bytes, size) : nullptr) {}
+  LargeMemory(const LargeMemory&) = delete;
+  ~LargeMemory() {
+    if (memory) give_kept_memory(memory, size);
+  }
+};
 
 // Sums over columns are made per chunk of rows and then added in order, so they do not depend on the number of threads.
 int64_t chunk_rows(const EntropicTask& t) {
   const int64_t work = 65536 / (t.m > 0 ? t.m : 1) + 1, even = (t.n + kChunks - 1) / kChunks,
                 rows = work > even ? work : even;
-  return (rows + kEntropicGroup - 1) / kEntropicGroup * kEntropicGroup;
+  return (rows + kEntropicStep - 1) / kEntropicStep * kEntropicStep;
 }
 int64_t chunks_of(const EntropicTask& t) { return (t.n + chunk_rows(t) - 1) / chunk_rows(t); }
 
 struct Memory {  // of one problem
   double *sums, *scaled, *partial, *partial_scaled, *top, *y, *h, *b, *rows, *x, *points;
-  float *g_high, *g_low;
+  EntropicBase base;
   Memory(const EntropicTask& t, double* p) {
-    const int64_t m = t.m, chunks = chunks_of(t);
-    for (double** vector : {&sums, &scaled, &top, &y, &h, &b}) *vector = p, p += m;
-    for (double** vector : {&rows, &x}) *vector = p, p += t.n;
+    const int64_t m = entropic_stride(t.m), n = entropic_stride(t.n), chunks = chunks_of(t);
+    for (double** vector : {&sums, &scaled, &top, &y, &h, &b, &base.g}) *vector = p, p += m;
+    for (double** vector : {&rows, &x, &base.f}) *vector = p, p += n;
     partial = p, p += chunks * m;
     partial_scaled = p, p += chunks * m;
-    points = p, p += t.matrix ? 0 : t.d * m;
-    g_high = reinterpret_cast<float*>(p), g_low = g_high + m;
+    base.v = p, p += m;
+    base.g_high = reinterpret_cast<float*>(p), base.g_low = base.g_high + m;
+    points = p + m;
   }
   static int64_t doubles(const EntropicTask& t) {
-    return (7 + 2 * chunks_of(t)) * t.m + 2 * t.n + (t.matrix ? 0 : t.d * t.m);
+    return (9 + 2 * chunks_of(t)) * entropic_stride(t.m) + 3 * entropic_stride(t.n) +
+           (t.matrix ? 0 : entropic_stride(t.d * t.m));
   }
 };
 
@@ -53,15 +74,16 @@ struct Kernels {
   decltype(GRADOPS_DISPATCH(entropic_pass)) pass = GRADOPS_DISPATCH(entropic_pass);
   decltype(GRADOPS_DISPATCH(entropic_columns)) columns = GRADOPS_DISPATCH(entropic_columns);
   decltype(GRADOPS_DISPATCH(entropic_step)) step = GRADOPS_DISPATCH(entropic_step);
-  decltype(GRADOPS_DISPATCH(entropic_split)) split = GRADOPS_DISPATCH(entropic_split);
+  decltype(GRADOPS_DISPATCH(entropic_base)) base = GRADOPS_DISPATCH(entropic_base);
   decltype(GRADOPS_DISPATCH(entropic_measure)) measure = GRADOPS_DISPATCH(entropic_measure);
   decltype(GRADOPS_DISPATCH(entropic_gap)) gap = GRADOPS_DISPATCH(entropic_gap);
 };
 
 class Solver {
  public:
-  Solver(const EntropicTask& task, int64_t index, double* memory, bool threads, const Kernels& kernels)
-      : task_(task), memory_(task, memory), threads_(threads), run_(kernels) {
+  // kernel: kernel_bytes(task) bytes; scratch: entropic_scratch() of them, or null for one of every thread's
+  Solver(const EntropicTask& task, int64_t index, double* memory, void* kernel, void* scratch, const Kernels& kernels)
+      : task_(task), memory_(task, memory), kernel_(kernel), scratch_(scratch), run_(kernels) {
     const int64_t size = element_size(task.element), n = task.n, m = task.m, d = task.d;
     const auto part = [&](const void* p, int64_t count) {
       return p ? static_cast<const char*>(p) + index * count * size : nullptr;
@@ -105,10 +127,10 @@ class Solver {
   template <class F>
   void each(int64_t count, const F& f) const {  // f(k, scratch)
     const auto range = [&](int64_t begin, int64_t end) {
-      void* scratch = thread_scratch(entropic_scratch(task_.m));
+      void* scratch = scratch_ ? scratch_ : thread_scratch(entropic_scratch(task_.m));
       for (int64_t k = begin; k < end; ++k) f(k, scratch);
     };
-    if (threads_) return parallel_for(0, count, 1, range);
+    if (!scratch_) return parallel_for(0, count, 1, range);
     range(0, count);
   }
   // f(chunk, first row, end row, scratch)
@@ -118,10 +140,14 @@ class Solver {
       f(k, k * size_, k * size_ + size_ < item_.rows ? k * size_ + size_ : item_.rows, scratch);
     });
   }
+  template <class T>
+  T* partial_of(T* partial, int64_t chunk) const {
+    return partial + chunk * entropic_stride(task_.m);
+  }
   void add_chunks(const double* partial, double* sums) const {
     for (int64_t j = 0; j < item_.columns; ++j) sums[j] = 0;
     for (int64_t k = 0; k < chunks_; ++k)
-      for (int64_t j = 0; j < item_.columns; ++j) sums[j] += partial[k * task_.m + j];
+      for (int64_t j = 0; j < item_.columns; ++j) sums[j] += partial_of(partial, k)[j];
   }
 
   template <class Real>
@@ -132,16 +158,15 @@ class Solver {
         to[k * item_.columns + j] = Real(stored_number(item_.cost.element, item_.cost.y, j * task_.d + k));
   }
   void use(bool in_double) {
-    pass_ = {&item_, in_double, memory_.g_high, memory_.g_low, 0, 1};
+    pass_ = {&item_, &memory_.base, kernel_, in_double, true, 1};
     item_.y_transposed = memory_.points;
     if (!task_.matrix) in_double ? transpose_points<double>() : transpose_points<float>();
   }
 
-  // Columns whose sums are not trusted, from scratch.
+  // Columns whose sums are not trusted, from scratch. What they had in the base no longer holds.
   void mend_columns() {
     const bool was_double = pass_.in_double;
-    const double least_sum = least();
-    const auto doubtful = [&](int64_t j) { return item_.b[j] != 0 && !(memory_.sums[j] >= least_sum); };
+    const auto doubtful = [&](int64_t j) { return item_.b[j] != 0 && !(memory_.sums[j] >= 0); };
     use(true);
     each((item_.columns + kStrip - 1) / kStrip, [&](int64_t k, void* scratch) {
       const int64_t begin = k * kStrip, end = begin + kStrip < item_.columns ? begin + kStrip : item_.columns;
@@ -157,7 +182,6 @@ class Solver {
         status_ = memory_.top[j] == -kInfinity ? EntropicStatus::infeasible : EntropicStatus::invalid;
     use(was_double);
   }
-  double least() const { return mass_ * (pass_.in_double ? 1e-200 : 1e-25); }
 
   void start() {
     use(false);
@@ -174,10 +198,12 @@ class Solver {
     bool settled = false;  // the potentials are from a plain step in double
     for (int64_t k = 1; k <= task_.max_iter; ++k) {
       pass_.omega = relaxation.omega;
-      if (!pass_.in_double) pass_.grid = run_.split(item_, span, memory_.g_high, memory_.g_low);
-      double error = pass(span);
+      if (pass_.fresh) run_.base(item_, pass_.in_double, span, memory_.base);
+      double weight, error = pass(span, weight);
       if (status_ != EntropicStatus::converged) return k;
-      const EntropicStep step = run_.step(item_, pass_.omega, least(), memory_.sums);
+      const EntropicStep step = run_.step(pass_, weight, memory_.sums);
+      const bool off_grid = !pass_.in_double && span > memory_.base.grid * 0x1p23;
+      pass_.fresh = !kernel_ || off_grid || !(step.drift <= kReach);
       if (step.doubtful > 0) mend_columns();
       // Plain steps never raise the error, so the potentials that they have led to are as good as those measured.
       if (status_ != EntropicStatus::converged || (settled && pass_.omega == 1 && error <= task_.tol)) return k;
@@ -194,15 +220,16 @@ class Solver {
   }
 
   // Over all rows; returns the error of the row sums before their step.
-  double pass(double& span) {
+  double pass(double& span, double& weight) {
     EntropicOutcome outcome[kChunks];
     each_chunk([&](int64_t c, int64_t begin, int64_t end, void* scratch) {
-      outcome[c] = run_.pass(pass_, begin, end, scratch, memory_.partial + c * task_.m);
+      outcome[c] = run_.pass(pass_, begin, end, scratch, partial_of(memory_.partial, c));
     });
     double error = 0;
-    span = 0;
+    span = weight = 0;
     for (int64_t c = 0; c < chunks_; ++c) {
       error += outcome[c].error / mass_;
+      weight += outcome[c].weight;
       span = outcome[c].span > span ? outcome[c].span : span;
       if (outcome[c].infeasible) status_ = EntropicStatus::infeasible;
     }
@@ -224,7 +251,7 @@ class Solver {
     use(true);
     center();
     each_chunk([&](int64_t c, int64_t begin, int64_t end, void* scratch) {
-      run_.measure(item_, begin, end, scratch, w.rows, w.x, w.partial + c * task_.m, w.partial_scaled + c * task_.m);
+      run_.measure(item_, begin, end, scratch, w.rows, w.x, partial_of(w.partial, c), partial_of(w.partial_scaled, c));
     });
     add_chunks(w.partial, w.sums);
     add_chunks(w.partial_scaled, w.scaled);
@@ -266,8 +293,8 @@ class Solver {
   }
 
   const EntropicTask& task_;
-  const Memory memory_;
-  const bool threads_;
+  Memory memory_;
+  void *const kernel_, *const scratch_;
   const Kernels& run_;
   EntropicItem item_;
   EntropicPass pass_;
@@ -278,23 +305,29 @@ class Solver {
 };
 
 // Small problems run one per thread, large ones one after the other on all threads.
-bool side_by_side(const EntropicTask& t) { return t.batch > 1 && t.n * t.m <= 1 << 18; }
+bool side_by_side(const EntropicTask& t) { return t.batch > 1 && kernel_size(t) <= 1 << 18; }
+bool large_kernel(const EntropicTask& t) { return kernel_bytes(t) >= 8 << 20; }
 
 }  // namespace
 
 int64_t cpu::entropic_workspace(const EntropicTask& t) {
-  return 8 * Memory::doubles(t) * (side_by_side(t) ? t.batch : 1);
+  if (side_by_side(t)) return 8 * Memory::doubles(t) * t.batch;
+  return 8 * Memory::doubles(t) + (large_kernel(t) ? 0 : kernel_bytes(t));
 }
 
 void cpu::entropic(const EntropicTask& t, void* workspace, void*) {
   const Kernels kernels;
   double* memory = static_cast<double*>(workspace);
   if (!side_by_side(t)) {
-    for (int64_t k = 0; k < t.batch; ++k) Solver(t, k, memory, true, kernels).run();
+    const LargeMemory large(large_kernel(t) ? kernel_bytes(t) : 0);
+    void* kernel = large_kernel(t) || kernel_bytes(t) == 0 ? large.memory : memory + Memory::doubles(t);
+    for (int64_t k = 0; k < t.batch; ++k) Solver(t, k, memory, kernel, nullptr, kernels).run();
     return;
   }
   parallel_for(0, t.batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) Solver(t, k, memory + k * Memory::doubles(t), false, kernels).run();
+    char* scratch = thread_scratch(entropic_scratch(t.m) + kernel_bytes(t));
+    void* kernel = scratch + entropic_scratch(t.m);
+    for (int64_t k = begin; k < end; ++k) Solver(t, k, memory + k * Memory::doubles(t), kernel, scratch, kernels).run();
   });
 }
 

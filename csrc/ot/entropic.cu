@@ -386,7 +386,8 @@ __global__ void __launch_bounds__(kThreads) entropic_divergence(const Arrays p, 
   double kept = 0, sum = 0;
   for (int64_t j = threadIdx.x % 32; j < t.columns; j += 32) kept += exp2(exponent(f, 0, 0, i, j)) * t.y[j];
   kept = warp_all(kept, Add());
-  const double lack = t.a[i] - x * kept, fill = state.missing > 0 && lack > 0 ? lack / state.missing : 0;
+  const double lack = t.a[i] - x * kept;
+  const double fill = state.missing > 0 && lack > kEntropicRounding * t.a[i] ? lack / state.missing : 0;
   for (int64_t j = threadIdx.x % 32; j < t.columns; j += 32) {
     const double z = exponent(f, 0, 0, i, j), from = exp2(z), to = from * x * t.y[j] + fill * t.h[j];
     const double by = to / from - 1;

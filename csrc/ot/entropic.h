@@ -5,9 +5,13 @@
 // at the potentials known so far, one iteration is
 //   r_i = sum_j s_ij,          f_i += log2(a_i / r_i),
 //   q_j = sum_i s_ij a_i/r_i,  g_j += log2(b_j / q_j):
-// the iterates of the log-domain algorithm, at one exponential and one read per entry. The potentials of the last
-// iteration are the shift that keeps the exponentials in range; sums that say otherwise are made again with the largest
-// exponent as the shift. Exponentials are float while the plan is far from its marginals, and double at the end.
+// the iterates of the log-domain algorithm. On the CPU the plan of an earlier iteration, with its rows' sums about 1,
+// is kept as a kernel, of which s_ij are multiples by a factor per row and column: an iteration is a multiplication by
+// it and by its transpose, in one read, as a group of rows is still in the cache when its factors are known. Where a
+// factor leaves the range of float, or a sum that of its terms, the kernel or the row is made again, at one exponential
+// per entry; of a problem too large to keep it, in every iteration. The potentials of the last iteration are the shift
+// that keeps the exponentials in range; sums that say otherwise are made again with the largest exponent as the shift.
+// Entries are float while the plan is far from its marginals, and double at the end.
 #pragma once
 #include <cstdint>
 
@@ -34,6 +38,7 @@ struct EntropicTask {
 // dual value; KL(R, T) / mass with R the plan rounded to its marginals, so that <R, C> + reg sum r (log r - 1) is the
 // dual value + reg KL(R, T); (|T 1 - a|_1 + |T' 1 - b|_1) / mass; iterations; EntropicStatus
 constexpr int64_t kEntropicReport = 5;
+constexpr double kEntropicRounding = 1e-15;  // of a row's mass: what it may seem to lack when it lacks nothing
 
 struct EntropicItem {  // one problem
   Cost cost;           // with n and m as they lie in memory
@@ -44,35 +49,46 @@ struct EntropicItem {  // one problem
   double *f, *g;
 };
 
+// Of the kernel: k_ij = 2^(f_i - log2 a_i + g_j - scale c_ij), with the potentials that an earlier iteration found.
+// Those of now differ from them by the scalings u_i = 2^(f now - f) and v_j = 2^(g now - g), so that
+// r_i / a_i = u_i sum_j k_ij v_j.
+struct EntropicBase {
+  double *f, *g;
+  float *g_high, *g_low;  // g = g_high + g_low, g_high a multiple of grid; float arithmetic only
+  void* v;                // in the arithmetic of the pass; 0 up to entropic_stride() and where b_j is
+  double grid, v_sum;
+};
 struct EntropicPass {
   const EntropicItem* item;
-  bool in_double;
-  const float *g_high, *g_low;  // g = g_high + g_low, g_high a multiple of grid; float arithmetic only
-  double grid, omega;           // omega: over-relaxation of the step, 1 for none
+  EntropicBase* base;
+  void* kernel;  // (rows, entropic_stride(columns)) in the arithmetic of the pass; null: not kept, and always fresh
+  bool in_double, fresh;  // fresh: the base is new, and the kernel is to be made
+  double omega;           // over-relaxation of the step, 1 for none
 };
 struct EntropicOutcome {
-  double error, span;  // sum_i |r_i - a_i| before the step; the largest |f_i| after it
-  bool infeasible;     // some row has mass and no finite cost
+  double error, span, weight;  // sum_i |r_i - a_i| before the step; the largest |f_i| after it; sum_i a_i u_i
+  bool infeasible;             // some row has mass and no finite cost
 };
 struct EntropicStep {
-  double error;      // sum_j |q_j - b_j|
-  int64_t doubtful;  // columns whose sums were not trusted, and whose g_j was left alone
+  double error, drift;  // sum_j |q_j - b_j|; the largest |log2 v_j|
+  int64_t doubtful;     // columns whose sums were not trusted: made -1, and g_j left alone
 };
 struct EntropicRounding {  // of the plan to its marginals: t_ij x_i y_j + e_i h_j / total
   const double *x, *y, *h;
   double total;
 };
 
-// Rows [begin, end): the step in f, and their part of q in `sums`. scratch: entropic_scratch() bytes.
+// A base of the potentials of now, and v = 1. `span`: the largest |f_i|, which the grid fits as well.
+GRADOPS_DECLARE(void, entropic_base, const EntropicItem&, bool in_double, double span, EntropicBase&)
+// Rows [begin, end): the step in f, and their part of q_j / v_j in `sums`, of entropic_stride(columns) numbers. begin
+// is a multiple of kEntropicStep, and so are the rows of the kernel. scratch: entropic_scratch() bytes.
 GRADOPS_DECLARE(EntropicOutcome, entropic_pass, const EntropicPass&, int64_t begin, int64_t end, void* scratch,
                 double* sums)
 // q_j of columns [begin, end) as largest exponent and sum of the others' powers: log2 q_j = top_j + log2(sums_j)
 GRADOPS_DECLARE(void, entropic_columns, const EntropicItem&, int64_t begin, int64_t end, void* scratch, double* top,
                 double* sums)
-// g_j += omega log2(b_j / sums_j), but for sums below `least`, which are not to be trusted
-GRADOPS_DECLARE(EntropicStep, entropic_step, const EntropicItem&, double omega, double least, const double* sums)
-// The parts of g for float arithmetic, on a grid that potentials as large as `span` fit as well; returns the grid
-GRADOPS_DECLARE(double, entropic_split, const EntropicItem&, double span, float* g_high, float* g_low)
+// g_j += omega log2(b_j / q_j), and v_j, from the sums, which become q_j. weight: of all rows.
+GRADOPS_DECLARE(EntropicStep, entropic_step, const EntropicPass&, double weight, double* sums)
 // Sums of rows [begin, end), x_i = min(1, a_i / r_i), their parts of the column sums of T and of diag(x) T
 GRADOPS_DECLARE(void, entropic_measure, const EntropicItem&, int64_t begin, int64_t end, void* scratch, double* rows,
                 double* x, double* columns, double* scaled)
@@ -80,8 +96,17 @@ GRADOPS_DECLARE(void, entropic_measure, const EntropicItem&, int64_t begin, int6
 GRADOPS_DECLARE(double, entropic_gap, const EntropicItem&, const EntropicRounding&, int64_t begin, int64_t end,
                 void* scratch)
 
-constexpr int64_t kEntropicGroup = 8;  // rows whose plan entries are kept until the columns are added
-inline int64_t entropic_scratch(int64_t columns) { return 8 * (kEntropicGroup + 2) * (columns + 16); }
+constexpr int64_t kEntropicStep = 16, kEntropicRows = 64, kEntropicBlock = 32768;
+inline int64_t entropic_stride(int64_t columns) { return (columns + 15) / 16 * 16; }
+// Rows that are summed one way and the other before the next ones: what fits the L1 cache, if that is enough
+inline int64_t entropic_group(int64_t stride, int64_t size) {
+  const int64_t fit = kEntropicBlock / ((stride > 0 ? stride : 1) * size) / kEntropicStep * kEntropicStep;
+  return fit < kEntropicStep ? kEntropicStep : fit < kEntropicRows ? fit : kEntropicRows;
+}
+inline int64_t entropic_scratch(int64_t columns) {
+  const int64_t stride = entropic_stride(columns), rows = 8 * kEntropicStep * stride;
+  return (rows > kEntropicBlock ? rows : kEntropicBlock) + 8 * 3 * stride;
+}
 
 namespace cpu {
 void entropic(const EntropicTask&, void* workspace, void* = nullptr);

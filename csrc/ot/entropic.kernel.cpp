@@ -9,11 +9,12 @@ namespace {
 
 constexpr int64_t kRun = 1024;  // columns whose float sums are made before they go on in double
 constexpr double kInfinity = __builtin_inf();
+constexpr double kLeast = -1021;  // the least exponent of exp2_of
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 bool finite(double x) { return x - x == 0; }
 
-double log2_of(double x) { return log_of(x) * 1.44269504088896340736; }
+[[gnu::always_inline]] inline double log2_of(double x) { return log_of(x) * 1.44269504088896340736; }
 
 // c[j] += the squares of K coordinates' differences
 template <int K, class T, class Real>
@@ -71,16 +72,18 @@ template <>
 struct Exponents<double> {
   const double *c, *g;
   double f, scale;
-  Exponents(const EntropicPass& p, const double* costs, double shift)
-      : c(costs), g(p.item->g), f(shift), scale(p.item->scale) {}
+  Exponents(const EntropicPass& p, const double* costs, double shift) : Exponents(*p.item, p.base->g, costs, shift) {}
+  Exponents(const EntropicItem& t, const double* potentials, const double* costs, double shift)
+      : c(costs), g(potentials), f(shift), scale(t.scale) {}
   [[gnu::always_inline]] double operator[](int64_t j) const { return f + g[j] - c[j] * scale; }
 };
 template <>
 struct Exponents<float> {
   const float *c, *g_high, *g_low;
   float f_high, f_low, scale_high, scale_low;
-  Exponents(const EntropicPass& p, const float* costs, double shift) : c(costs), g_high(p.g_high), g_low(p.g_low) {
-    const double round = p.grid * 0x1.8p52, high = (shift + round) - round;
+  Exponents(const EntropicPass& p, const float* costs, double shift)
+      : c(costs), g_high(p.base->g_high), g_low(p.base->g_low) {
+    const double round = p.base->grid * 0x1.8p52, high = (shift + round) - round;
     f_high = float(high), f_low = float(shift - double(f_high));
     // Cut off downwards, so that scale_low > 0 and an infinite cost makes both parts -infinity, and no NaN.
     scale_high = float(p.item->scale * (1 - 0x1p-22)), scale_low = float(p.item->scale - double(scale_high));
@@ -91,9 +94,9 @@ struct Exponents<float> {
   }
 };
 
-// t[j] = 2^exponent; their sum
-template <class Real>
-double powers(const Exponents<Real> exponent, int64_t count, Real* __restrict__ t) {
+// t[j] = 2^exponent; their sum, each times v[j]
+template <class Real, class Weights>
+double powers(const Exponents<Real> exponent, const Weights v, int64_t count, Real* __restrict__ t) {
   double total = 0;
   for (int64_t begin = 0; begin < count; begin += kRun) {
     const int64_t end = least(begin + kRun, count);
@@ -102,12 +105,15 @@ double powers(const Exponents<Real> exponent, int64_t count, Real* __restrict__ 
     for (int64_t j = begin; j < end; ++j) {
       const Real power = exp2_of(exponent[j]);
       t[j] = power;
-      sum += power;
+      sum += power * v[j];
     }
     total += double(sum);
   }
   return total;
 }
+struct Ones {
+  [[gnu::always_inline]] double operator[](int64_t) const { return 1; }
+};
 
 template <class Real>
 double largest(const Exponents<Real> exponent, int64_t count) {
@@ -120,94 +126,199 @@ double largest(const Exponents<Real> exponent, int64_t count) {
   return double(top);
 }
 
-// sums[j] += sum over the rows of the group of t[r][j] weight[r]
+// Of W = kLanes rows whose sums lie in the lanes of W vectors: lane r of the result is the sum of the lanes of row r.
+template <class Real, int H, int... N>
+[[gnu::always_inline]] inline Vec<Real> folded(Vec<Real>* row, std::integer_sequence<int, N...> lanes) {
+  constexpr int W = kLanes<Real>;
+  for (int i = 0; i < H; ++i)
+    row[i] = __builtin_shufflevector(row[i], row[i + H], (N & H ? W + N - H : N)...) +
+             __builtin_shufflevector(row[i], row[i + H], (N & H ? W + N : N + H)...);
+  if constexpr (H > 1) return folded<Real, H / 2>(row, lanes);
+  return row[0];
+}
+
+// sums[r] = the sum of t[r][j] v[j], for kLanes rows
 template <class Real>
-void add_rows(const Real* __restrict__ t, int64_t stride, const double* weight, int64_t count,
-              double* __restrict__ sums) {
-  Real w[kEntropicGroup];
-  for (int r = 0; r < kEntropicGroup; ++r) w[r] = Real(weight[r]);
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) {
-    Real sum = 0;
-    for (int r = 0; r < kEntropicGroup; ++r) sum += t[r * stride + j] * w[r];
-    sums[j] += double(sum);
+void dot_rows(const Real* t, int64_t stride, const Real* v, double* sums) {
+  constexpr int W = kLanes<Real>;
+  for (int r = 0; r < W; ++r) sums[r] = 0;
+  for (int64_t begin = 0; begin < stride; begin += kRun) {
+    const int64_t end = least(begin + kRun, stride);
+    Vec<Real> sum[W] = {};
+    for (int64_t j = begin; j < end; j += W) {
+      const Vec<Real> by = load_anywhere(v + j);
+      for (int r = 0; r < W; ++r) sum[r] += load_anywhere(t + r * stride + j) * by;
+    }
+    const Vec<Real> all = folded<Real, W / 2>(sum, std::make_integer_sequence<int, W>());
+    for (int r = 0; r < W; ++r) sums[r] += double(all[r]);
   }
 }
 
-// The sum of t (r log r - r + 1) over a row, r = the rounded entry / t
-double divergence(const Exponents<double> exponent, const double* t, const EntropicRounding& u, double x, double fill,
-                  int64_t count) {
-  const double *y = u.y, *h = u.h;
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < count; ++j) {
-    const double to = t[j] * x * y[j] + fill * h[j], by = to / t[j] - 1;
-    const double near = t[j] * by * by * (0.5 - by * (1. / 6 - by * (1. / 12 - by * (1. / 20 - by * (1. / 30)))));
-    const double far = to * (log_of(to) - exponent[j] * 0.69314718055994530942) - to + t[j];
-    const double part = __builtin_fabs(by) < 1e-3 ? near : far;
-    sum += to > 0 ? part : t[j];
+// sums[j] += the sum of t[r][j] weight[r], for kLanes rows
+template <class Real>
+void add_rows(const Real* __restrict__ t, int64_t stride, const double* weight, double* __restrict__ sums) {
+  constexpr int W = kLanes<Real>;
+  Real w[W];
+  for (int r = 0; r < W; ++r) w[r] = Real(weight[r]);
+#pragma omp simd
+  for (int64_t j = 0; j < stride; ++j) {
+    Real even = 0, odd = 0;
+    for (int r = 0; r < W; r += 2) even += t[r * stride + j] * w[r], odd += t[(r + 1) * stride + j] * w[r + 1];
+    sums[j] += double(even + odd);
   }
-  return sum;
 }
+
+// What exp2_of makes of entries too small for it is at most this part of a sum, times all that they are weighted with.
+template <class Real>
+constexpr double kNoise = sizeof(Real) == 4 ? 0x1p-101 : 0x1p-968;
+
+template <class Real>
+struct Pass {
+  const EntropicPass& p;
+  const EntropicItem& item = *p.item;
+  const int64_t m = item.columns, stride = entropic_stride(m);
+  const Real* const v = static_cast<const Real*>(p.base->v);
+  Real* const buffer;
+
+  // Row i of the kernel, with f_i as its exponents' base; its sum
+  double build(int64_t i, double f, double log_a, Real* row) const {
+    p.base->f[i] = f;
+    for (int64_t j = m; j < stride; ++j) row[j] = 0;
+    return powers(Exponents<Real>(p, costs<Real>(item, i, 0, m, buffer), f - log_a), v, m, row);
+  }
+  bool trusted(double sum) const { return sum > 0x1p-60 && sum < 0x1p60 && sum > kNoise<Real> * p.base->v_sum; }
+
+  void group(int64_t first, int64_t count, Real* t, EntropicOutcome& out, double* sums) const {
+    const int64_t padded = (count + kEntropicStep - 1) / kEntropicStep * kEntropicStep;
+    const double* const a = item.a + first;
+    double* const f = item.f + first;
+    double total[kEntropicRows], weight[kEntropicRows], moved[kEntropicRows], step[kEntropicRows];
+    double omega[kEntropicRows];
+    if (p.fresh) {
+      // Logarithms for the whole group at once: one after the other they would take longer than a short row.
+      for (int64_t r = 0; r < padded; ++r) weight[r] = r < count && a[r] > 0 ? a[r] : 1;
+#pragma omp simd
+      for (int64_t r = 0; r < padded; ++r) weight[r] = log2_of(weight[r]);
+      for (int64_t r = 0; r < padded; ++r) {
+        if (r < count && a[r] != 0)
+          total[r] = finite(f[r]) ? build(first + r, f[r], weight[r], t + r * stride) : f[r];
+        else
+          for (int64_t j = 0; j < stride; ++j) t[r * stride + j] = 0;
+      }
+    } else {
+      for (int64_t r = 0; r < padded; r += kLanes<Real>) dot_rows(t + r * stride, stride, v, total + r);
+    }
+    for (int64_t r = 0; r < padded; ++r) {
+      weight[r] = moved[r] = 0, omega[r] = p.omega;
+      if (r >= count || a[r] == 0) {
+        if (r < count) f[r] = -kInfinity;
+        total[r] = 1;
+        continue;
+      }
+      weight[r] = a[r];
+      moved[r] = f[r] - p.base->f[first + r];
+      if (trusted(total[r])) continue;
+      const double top = largest(Exponents<Real>(p, costs<Real>(item, first + r, 0, m, buffer), 0.), m);
+      if (!finite(top)) {
+        out.infeasible |= top < 0;
+        out.error += top < 0 ? 0. : __builtin_nan("");  // costs of NaN, which is no maximum, or -infinity
+        total[r] = 1, weight[r] = 0;
+        continue;
+      }
+      const double log_a = log2_of(a[r]);
+      f[r] = log_a - top;
+      total[r] = build(first + r, f[r], log_a, t + r * stride);
+      omega[r] = 1, moved[r] = __builtin_nan("");
+    }
+    double error = 0;
+#pragma omp simd reduction(+ : error)
+    for (int64_t r = 0; r < padded; ++r) {
+      // At most 2 where the former potential was no estimate
+      const double known = exp2_of(moved[r]), before = known * total[r];
+      error += moved[r] == moved[r] ? weight[r] * __builtin_fabs(before - 1) : 2 * weight[r];
+      step[r] = -omega[r] * log2_of(moved[r] == moved[r] ? before : total[r]);
+      weight[r] *= omega[r] == 1 ? 1 / total[r] : known * exp2_of(step[r]);
+    }
+    out.error += error;
+    for (int64_t r = 0; r < count; ++r) {
+      f[r] += step[r], out.weight += weight[r];
+      if (weight[r] != 0) out.span = __builtin_fabs(f[r]) > out.span ? __builtin_fabs(f[r]) : out.span;
+    }
+    for (int64_t r = 0; r < padded; r += kLanes<Real>) add_rows(t + r * stride, stride, weight + r, sums);
+  }
+};
 
 template <class Real>
 EntropicOutcome pass(const EntropicPass& p, int64_t begin, int64_t end, void* scratch, double* sums) {
-  const EntropicItem& item = *p.item;
-  const int64_t m = item.columns, stride = (m + 15) / 16 * 16;
-  Real* t = static_cast<Real*>(scratch);
-  Real* buffer = t + kEntropicGroup * stride;
-  EntropicOutcome out{0, 0, false};
-  for (int64_t j = 0; j < m; ++j) sums[j] = 0;
-  for (int64_t first = begin; first < end; first += kEntropicGroup) {
-    // Logarithms for the whole group at once: one after the other they would take longer than a short row.
-    double weight[kEntropicGroup] = {}, log_a[kEntropicGroup], total[kEntropicGroup], omega[kEntropicGroup];
-    for (int64_t r = 0; r < kEntropicGroup; ++r) {
-      log_a[r] = first + r < end && item.a[first + r] > 0 ? item.a[first + r] : 1;
-      total[r] = 1, omega[r] = p.omega;
-    }
-#pragma omp simd
-    for (int64_t r = 0; r < kEntropicGroup; ++r) log_a[r] = log2_of(log_a[r]);
-    for (int64_t r = 0; r < kEntropicGroup; ++r) {
-      const int64_t i = first + r;
-      Real* row = t + r * stride;
-      if (i >= end || item.a[i] == 0) {
-        if (i < end) item.f[i] = -kInfinity;
-        for (int64_t j = 0; j < m; ++j) row[j] = 0;
-        continue;
-      }
-      const Real* c = costs<Real>(item, i, 0, m, buffer);
-      double shift = item.f[i] - log_a[r], sum = powers(Exponents<Real>(p, c, shift), m, row);
-      const double before = sum;
-      if (!(finite(shift) && sum > 1e-18 && sum < 1e18)) {
-        shift = -largest(Exponents<Real>(p, c, 0.), m);
-        if (!finite(shift)) {
-          out.infeasible |= shift > 0;
-          out.error += shift > 0 ? 0. : __builtin_nan("");  // costs of NaN, which is no maximum, or -infinity
-          continue;
-        }
-        sum = powers(Exponents<Real>(p, c, shift), m, row);
-        omega[r] = 1;
-        out.error += 2 * item.a[i];  // at most: the former potential was no estimate
-      } else {
-        out.error += item.a[i] * __builtin_fabs(before - 1);
-      }
-      item.f[i] = shift + log_a[r];
-      total[r] = sum, weight[r] = item.a[i];
-    }
-    double step[kEntropicGroup];
-#pragma omp simd
-    for (int64_t r = 0; r < kEntropicGroup; ++r) {
-      step[r] = -omega[r] * log2_of(total[r]);
-      weight[r] *= omega[r] == 1 ? 1 / total[r] : exp2_of(step[r]);
-    }
-    for (int64_t r = 0; r < kEntropicGroup && first + r < end; ++r) {
-      const int64_t i = first + r;
-      item.f[i] += step[r];
-      if (weight[r] != 0) out.span = __builtin_fabs(item.f[i]) > out.span ? __builtin_fabs(item.f[i]) : out.span;
-    }
-    add_rows(t, stride, weight, m, sums);
-  }
+  const int64_t stride = entropic_stride(p.item->columns), rows = entropic_group(stride, sizeof(Real));
+  Real* const memory = static_cast<Real*>(scratch);
+  Real* const kernel = static_cast<Real*>(p.kernel);
+  const Pass<Real> part{.p = p, .buffer = memory + rows * stride};
+  EntropicOutcome out{0, 0, 0, false};
+  for (int64_t j = 0; j < stride; ++j) sums[j] = 0;
+  for (int64_t i = begin; i < end; i += rows)
+    part.group(i, least(rows, end - i), kernel ? kernel + i * stride : memory, out, sums);
   return out;
+}
+
+template <class Real>
+EntropicStep step(const EntropicPass& p, double weight, double* __restrict__ sums) {
+  const double *b = p.item->b, *base = p.base->g;
+  double *g = p.item->g, error = 0, doubtful = 0, drift = 0, total = 0;
+  Real* v = static_cast<Real*>(p.base->v);
+  const double trusted = kNoise<Real> * weight, omega = p.omega;
+#pragma omp simd reduction(+ : error, doubtful, total) reduction(max : drift)
+  for (int64_t j = 0; j < p.item->columns; ++j) {
+    const bool none = b[j] == 0, doubt = !(sums[j] >= trusted) & !none;
+    const double sum = sums[j] * double(v[j]), old = g[j], stepped = old + omega * log2_of(b[j] / sum);
+    const double distance = __builtin_fabs(sum - b[j]), to = doubt ? old : stepped;
+    const double moved = to - base[j], power = exp2_of(moved), size = __builtin_fabs(moved);
+    const double scaling = none ? 0. : power, far = none ? 0. : size;
+    g[j] = none ? -kInfinity : to;
+    sums[j] = doubt ? -1. : sum;
+    v[j] = Real(scaling);
+    total += scaling;
+    drift = far > drift ? far : drift;
+    error += none ? 0. : distance;
+    doubtful += doubt ? 1. : 0.;
+  }
+  p.base->v_sum = total;
+  return {error, drift, int64_t(doubtful)};
+}
+
+template <class Real>
+void split(const EntropicItem& t, double span, EntropicBase& base) {
+  const double* g = t.g;
+  double top = 1, total = 0;
+  Real* v = static_cast<Real*>(base.v);
+#pragma omp simd reduction(max : top) reduction(+ : total)
+  for (int64_t j = 0; j < t.columns; ++j) {
+    const bool any = g[j] != -kInfinity;
+    const double size = any ? __builtin_fabs(g[j]) : 0.;
+    base.g[j] = g[j], v[j] = any ? 1 : 0, total += any ? 1. : 0.;
+    top = size > top ? size : top;
+  }
+  for (int64_t j = t.columns; j < entropic_stride(t.columns); ++j) v[j] = 0;
+  base.v_sum = total, base.grid = 0x1p-22;
+  if (sizeof(Real) == 8) return;
+  while (base.grid * 0x1p23 < top + span) base.grid *= 2;
+  const double round = base.grid * 0x1.8p52;
+#pragma omp simd
+  for (int64_t j = 0; j < t.columns; ++j) {
+    const double on_grid = (g[j] + round) - round;
+    base.g_high[j] = float(on_grid);
+    base.g_low[j] = g[j] == -kInfinity ? 0.f : float(g[j] - double(float(on_grid)));
+  }
+}
+
+// to log(to / t) - to + t, without cancellation: 2^k t is near `to`, and s = (to - 2^k t) / (to + 2^k t). t is normal.
+[[gnu::always_inline]] inline double divergence(double to, double t) {
+  const int64_t bits = __builtin_bit_cast(int64_t, t);
+  const int64_t k = (__builtin_bit_cast(int64_t, to) - bits + (int64_t(1) << 51)) >> 52;
+  const double near = __builtin_bit_cast(double, int64_t(uint64_t(bits) + (uint64_t(k) << 52)));
+  const double sum = to + near, s = (to - near) / sum, z = s * s;
+  const double part = z * sum + to * s * log_tail(z) + (double(k) * 0.69314718055994530942 * to + (t - near));
+  return to > 0x1p-1000 ? part : t;
 }
 
 }  // namespace
@@ -241,50 +352,23 @@ void entropic_columns(const EntropicItem& t, int64_t begin, int64_t end, void* s
   }
 }
 
-EntropicStep entropic_step(const EntropicItem& t, double omega, double least_sum, const double* sums) {
-  const double* b = t.b;
-  double *g = t.g, error = 0, doubtful = 0;
-#pragma omp simd reduction(+ : error, doubtful)
-  for (int64_t j = 0; j < t.columns; ++j) {
-    const double step = omega * log2_of(b[j] / sums[j]), distance = __builtin_fabs(sums[j] - b[j]);
-    const double moved = sums[j] >= least_sum ? g[j] + step : g[j];
-    g[j] = b[j] == 0 ? -kInfinity : moved;
-    error += b[j] == 0 ? 0. : distance;
-    doubtful += b[j] == 0 || sums[j] >= least_sum ? 0. : 1.;
-  }
-  return {error, int64_t(doubtful)};
+EntropicStep entropic_step(const EntropicPass& p, double weight, double* sums) {
+  return p.in_double ? step<double>(p, weight, sums) : step<float>(p, weight, sums);
 }
 
-double entropic_split(const EntropicItem& t, double span, float* g_high, float* g_low) {
-  const double* g = t.g;
-  double top = 1;
-#pragma omp simd reduction(max : top)
-  for (int64_t j = 0; j < t.columns; ++j) {
-    const double size = g[j] == -kInfinity ? 0. : __builtin_fabs(g[j]);
-    top = size > top ? size : top;
-  }
-  double grid = 0x1p-22;
-  while (grid * 0x1p23 < top + span) grid *= 2;
-  const double round = grid * 0x1.8p52;
-#pragma omp simd
-  for (int64_t j = 0; j < t.columns; ++j) {
-    const double on_grid = (g[j] + round) - round;
-    g_high[j] = float(on_grid);
-    g_low[j] = g[j] == -kInfinity ? 0.f : float(g[j] - double(float(on_grid)));
-  }
-  return grid;
+void entropic_base(const EntropicItem& t, bool in_double, double span, EntropicBase& base) {
+  in_double ? split<double>(t, span, base) : split<float>(t, span, base);
 }
 
 void entropic_measure(const EntropicItem& item, int64_t begin, int64_t end, void* scratch, double* rows, double* x,
                       double* columns, double* scaled) {
-  const EntropicPass p{&item, true, nullptr, nullptr, 0, 1};
   const int64_t m = item.columns;
   double *t = static_cast<double*>(scratch), *buffer = t + m;
   for (int64_t j = 0; j < m; ++j) columns[j] = scaled[j] = 0;
   for (int64_t i = begin; i < end; ++i) {
     rows[i] = x[i] = 0;
     if (item.f[i] == -kInfinity) continue;
-    rows[i] = powers(Exponents<double>(p, costs<double>(item, i, 0, m, buffer), item.f[i]), m, t);
+    rows[i] = powers(Exponents<double>(item, item.g, costs<double>(item, i, 0, m, buffer), item.f[i]), Ones(), m, t);
     x[i] = rows[i] > item.a[i] ? item.a[i] / rows[i] : 1.;
     const double weight = x[i];
 #pragma omp simd
@@ -293,19 +377,35 @@ void entropic_measure(const EntropicItem& item, int64_t begin, int64_t end, void
 }
 
 double entropic_gap(const EntropicItem& item, const EntropicRounding& u, int64_t begin, int64_t end, void* scratch) {
-  const EntropicPass p{&item, true, nullptr, nullptr, 0, 1};
   const int64_t m = item.columns;
-  double *t = static_cast<double*>(scratch), *buffer = t + m, gap = 0;
+  const double *y = u.y, *h = u.h;
+  double *t = static_cast<double*>(scratch), *buffer = t + m, *apart = buffer + m, gap = 0;
+#pragma omp simd
+  for (int64_t j = 0; j < m; ++j) apart[j] = divergence(y[j], 1.);
   for (int64_t i = begin; i < end; ++i) {
     if (item.f[i] == -kInfinity) continue;
-    const double* c = costs<double>(item, i, 0, m, buffer);
-    const Exponents<double> exponent(p, c, item.f[i]);
-    powers(exponent, m, t);
-    double kept = 0;
-#pragma omp simd reduction(+ : kept)
-    for (int64_t j = 0; j < m; ++j) kept += t[j] * u.y[j];
-    const double missing = item.a[i] - u.x[i] * kept;
-    gap += divergence(exponent, t, u, u.x[i], u.total > 0 && missing > 0 ? missing / u.total : 0., m);
+    const Exponents<double> exponent(item, item.g, costs<double>(item, i, 0, m, buffer), item.f[i]);
+    const double x = u.x[i];
+    double kept = 0, cut = 0, parted = 0;
+#pragma omp simd reduction(+ : kept, cut, parted)
+    for (int64_t j = 0; j < m; ++j) {
+      t[j] = exp2_of(exponent[j]);
+      kept += t[j] * y[j], cut += t[j] * (1 - y[j]), parted += t[j] * apart[j];
+    }
+    const double missing = item.a[i] - x * kept, fill = missing / u.total;
+    if (!(u.total > 0 && missing > kEntropicRounding * item.a[i])) {
+      // With d(r) = r log r - r + 1, d(x y) = y d(x) + x d(y) + (1 - x) (1 - y), and none of these is negative.
+      gap += divergence(x, 1.) * kept + x * parted + (1 - x) * cut;
+      continue;
+    }
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < m; ++j) {
+      const double more = fill * h[j], below = kLeast - exponent[j];  // by how much exp2_of gave too much
+      sum += divergence(t[j] * (x * y[j]) + more, t[j]) +
+             (more > 0 && below > 0 ? more * (below * 0.69314718055994530942) : 0.);
+    }
+    gap += sum;
   }
   return gap;
 }

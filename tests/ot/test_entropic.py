@@ -166,6 +166,31 @@ def test_warm_start(backend):
     torch.testing.assert_close(warm[0], cold[0], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("far", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("reg", [1.0, 0.01, 0.001])
+def test_the_iterates_are_those_of_the_log_domain(reg, far):
+    # A start far away: scalings of 2^43000, rows and columns whose sums leave the range of float, weights below it
+    costs, a, b = random(70, 40).float(), weights(70), weights(40, seed=2)
+    costs[:, 7] += far
+    b[11] = 1e-45
+    b /= b.sum()
+    alpha0 = far * random(70, seed=4)
+    for max_iter in (1, 2, 4):
+        got, want = (f(costs, a, b, reg=reg, alpha0=alpha0, tol=0.0, max_iter=max_iter)
+                     for f in (entropic, reference.entropic))
+        # float exponents of up to some 2^15, known to 2^-22 or to their last bits
+        torch.testing.assert_close(got.plan.to_dense(), want.plan.to_dense(), atol=1e-6 * a.max(), rtol=1e-5)
+
+
+def test_a_kernel_too_large_to_be_kept():
+    # Rows of the kernel take 16 places. The same rows again and again: a small problem, whose kernel is kept
+    costs, b = random(2**16, 2).float(), weights(2)
+    few, many = (entropic(costs.repeat(times, 1), torch.full((times * 2**16,), 2**-16), b * times, reg=0.5, tol=0.0,
+                          max_iter=3) for times in (1, 17))
+    torch.testing.assert_close(many.potentials.beta, few.potentials.beta, atol=1e-6, rtol=0)
+    torch.testing.assert_close(many.marginal_err, few.marginal_err, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("reg", [0.1, 0.001])
 def test_shifted_and_scaled_costs(reg):
     costs, a, b = random(40, 50), weights(40), weights(50, seed=2)

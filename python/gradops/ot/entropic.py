@@ -30,8 +30,9 @@ def entropic(M: Tensor | None = None, a: Tensor | None = None, b: Tensor | None 
 
     and :math:`\epsilon` = ``reg``. The plan is :math:`t_{ij} = \exp((\alpha_i + \beta_j - c_{ij}) / \epsilon)`, as
     of POT's ``ot.sinkhorn(a, b, M, reg)``; POT's objective :math:`\epsilon \sum t \log t` is larger by
-    :math:`\epsilon \sum a`. One iteration is an update of all :math:`\alpha` and then of all :math:`\beta`, in one
-    read of the costs with one exponential per entry.
+    :math:`\epsilon \sum a`. One iteration is an update of all :math:`\alpha` and then of all :math:`\beta`, as in
+    the log domain. On CPU that is two multiplications by a kernel, in one read; its exponentials are made again only
+    where potentials have moved too far from those that it was made with.
 
     Args:
         M: costs ``(..., n, m)``; float64, float32, bfloat16 or float16. +inf forbids a pair.
@@ -39,7 +40,7 @@ def entropic(M: Tensor | None = None, a: Tensor | None = None, b: Tensor | None 
             agree to 1e-5; ``b`` is scaled to the sum of ``a``. Default: uniform, with the sum of the other, or 1.
         reg: the regularisation, in the units of the costs.
         x, y: instead of ``M``: points ``(..., n, d)`` and ``(..., m, d)`` whose costs are their squared Euclidean
-            distances; no matrix is stored.
+            distances.
         alpha0: row potentials ``(..., n)`` to start from, as those of an earlier result.
         tol: marginal error (below) to stop at.
         max_iter: iterations at most.
@@ -71,7 +72,9 @@ def entropic(M: Tensor | None = None, a: Tensor | None = None, b: Tensor | None 
     taken back where it does not pay, and the last steps are plain. ``value`` can be differentiated once in ``M``,
     ``a``, ``b``, ``x`` and ``y``, by the envelope theorem: its derivatives are the plan, ``alpha`` and ``beta``, exact
     at the optimum. Those in ``a`` and ``b`` hold for changes that keep both sums equal; a zero weight's is -inf.
-    O(n m d) operations per iteration; memory O(n + m) besides the inputs, on CPU a few dozen rows more.
+    O(n m) operations per iteration, O(n m d) where exponentials are made. Memory O(n + m) besides the inputs; on CPU
+    also 8 n m bytes for the kernel, of points too, if n m is at most 2**24 (of larger problems every iteration makes
+    exponentials). A batch of problems of n m <= 2**18 takes that once per thread, of larger ones once.
 
     Sinkhorn distances: Cuturi 2013; absorption of the scalings into the potentials: Schmitzer 2019; over-relaxation:
     Thibault, Chizat, Dossal and Papadakis 2021, Lehmann et al. 2022.
