@@ -136,13 +136,17 @@ template <class T, class C>
   *bits = all;
 }
 
-// put(place of a list, i, j) for every wanted entry of some rows, from `first` on, that its list has room for. Returns how
-// many were wanted. A row has 2^shift bits.
+// Where the lists of a pass's columns go on, and where they must end; from the first column's on.
+struct Lists {
+  int32_t next[kCollectColumns], end[kCollectColumns];
+};
+
+// Of some rows from `first` on, of 2^shift bits each, the wanted entries into their lists: put(i, l) gives for row i and
+// column begin + l what is called for every entry: with its column from there on, and its place. Returns how many
+// entries were wanted.
 template <class F>
-[[gnu::always_inline]] inline int64_t each_entry(const ColumnScan& t, int64_t begin, int64_t first, int shift,
+[[gnu::always_inline]] inline int64_t each_entry(Lists& lists, int32_t* index, int64_t first, int shift,
                                                  const uint64_t* words, int64_t count, const F& put) {
-  const int64_t capacity = t.capacity;
-  int32_t *counts = t.count + begin, *index = t.index;
   int32_t where[kWords + 16];
   const int64_t some = list_nonzero(words, count, where);
   int64_t found = 0;
@@ -151,30 +155,39 @@ template <class F>
     const int64_t from = place & ((int64_t(1) << shift) - 1);
     uint64_t bits = words[where[p]];
     found += __builtin_popcountll(bits);
+    int32_t* next = lists.next + from;
+    const int32_t* end = lists.end + from;
+    const auto store = put(i, from);
     do {
-      const int64_t l = from + __builtin_ctzll(bits), at = counts[l]++, to = (begin + l) * capacity + at;
+      const int64_t l = __builtin_ctzll(bits), to = next[l]++;
       bits &= bits - 1;
-      if (at >= capacity) continue;
+      if (to >= end[l]) continue;
       index[to] = int32_t(i);
-      put(to, i, begin + l);
+      store(l, to);
     } while (bits);
   }
   return found;
 }
 template <class T>
 [[gnu::noinline]] int64_t append(const ColumnScan& t, int64_t begin, int64_t first, int shift, const uint64_t* words,
-                                 int64_t count) {
-  double* value = t.value;
+                                 int64_t count, Lists& lists) {
+  int32_t* index = t.index + begin * t.capacity;
+  const auto each = [&](const auto& put) __attribute__((always_inline)) {
+    return each_entry(lists, index, first, shift, words, count, put);
+  };
+  if (!t.value) return each([](int64_t, int64_t) { return [](int64_t, int64_t) {}; });
+  double* value = t.value + begin * t.capacity;
   const double* alpha = t.alpha;
-  if (!value) return each_entry(t, begin, first, shift, words, count, [](int64_t, int64_t, int64_t) {});
-  if (const T* matrix = static_cast<const T*>(t.cost.matrix)) {
+  if (t.cost.matrix) {
+    const T* matrix = static_cast<const T*>(t.cost.matrix) + begin;
     const int64_t m = t.cost.m;
-    return each_entry(t, begin, first, shift, words, count, [=](int64_t to, int64_t i, int64_t j) {
-      value[to] = alpha[i] - double(widen(matrix[i * m + j]));
+    return each([=](int64_t i, int64_t from) {
+      return [=, c = matrix + i * m + from, a = alpha[i]](int64_t l, int64_t to) { value[to] = a - double(widen(c[l])); };
     });
   }
-  return each_entry(t, begin, first, shift, words, count,
-                    [&](int64_t to, int64_t i, int64_t j) { value[to] = alpha[i] - cost_at(t.cost, i, j); });
+  return each([&](int64_t i, int64_t from) {
+    return [&, i, from](int64_t l, int64_t to) { value[to] = alpha[i] - cost_at(t.cost, i, begin + from + l); };
+  });
 }
 
 // False if more than `most` entries are wanted.
@@ -187,7 +200,9 @@ bool collect(const ColumnScan& t, int64_t begin, int64_t end, int64_t& most) {
   const int64_t per_row = int64_t(1) << (shift - 6), rows = kWords / per_row;
   for (int64_t l = 0; l < per_row * kTile; ++l) low[l] = C(__builtin_inf());
   for (int64_t j = begin; j < end; ++j) round_down(t.low[j], low[j - begin]);
-  for (int64_t j = begin; j < end; ++j) t.count[j] = 0;
+  Lists lists;
+  for (int64_t j = 0; j < end - begin; ++j) lists.next[j] = int32_t(j * t.capacity);
+  for (int64_t j = 0; j < end - begin; ++j) lists.end[j] = int32_t((j + 1) * t.capacity);
   int64_t first = 0;
   each_row<T, C>(
       t.cost, begin, end, false,
@@ -204,11 +219,12 @@ bool collect(const ColumnScan& t, int64_t begin, int64_t end, int64_t& most) {
           for (size_t e = 0; e < kTile; e += 64 / sizeof(T)) __builtin_prefetch(c + t.cost.m + l * kTile + e);
         }
         if (j + tiles * kTile < end || i - first + 1 < rows) return true;
-        most -= append<T>(t, begin, first, shift, words, kWords);
+        most -= append<T>(t, begin, first, shift, words, kWords, lists);
         first = i + 1;
         return most >= 0;
       });
-  most -= append<T>(t, begin, first, shift, words, (t.cost.n - first) * per_row);
+  most -= append<T>(t, begin, first, shift, words, (t.cost.n - first) * per_row, lists);
+  for (int64_t j = 0; j < end - begin; ++j) t.count[begin + j] = lists.next[j] - int32_t(j * t.capacity);
   return most >= 0;
 }
 
