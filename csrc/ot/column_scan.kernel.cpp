@@ -14,7 +14,7 @@ namespace {
 constexpr int kTile = 64;
 constexpr int kCollectColumns = 1024, kBoundColumns = 128;  // of a pass over the rows; what these need stays near
 constexpr int kPointRows = 64, kPointDims = 32;
-constexpr int kGroups = 256, kMostRanks = 128;
+constexpr int kGroups = 256, kMostRanks = 16;
 constexpr int64_t kWords = 512;
 
 // v in C, rounded away from what must not be missed; without a branch, as nobody can guess which way float(v) went.
@@ -88,8 +88,8 @@ void distances(const Cost& t, int64_t i, int64_t rows, int64_t j, int64_t column
 }
 
 // f(i, of_row(i), j, tiles, c) for every row i, until it is false: c[0 .. 64 * tiles) are its costs from column j on,
-// +infinity past the end; as they are stored, but distances in C. Those are rounded: up, or down. Of a column, rows come
-// in order.
+// +infinity past the end; as they are stored, but distances in C. Those are rounded: up, or down. Of a column, rows
+// come in order.
 template <class T, class C, class R, class F>
 [[gnu::always_inline]] inline void each_row(const Cost& t, int64_t begin, int64_t end, bool up, const R& of_row,
                                             const F& f) {
@@ -131,8 +131,7 @@ template <class T, class C>
   }
 #endif
   uint64_t all = 0;
-  for (int v = 0; v < kTile; v += kLanes<C>)
-    all |= not_below(alpha - load_wide(c + v), load_anywhere(low + v)) << v;
+  for (int v = 0; v < kTile; v += kLanes<C>) all |= not_below(alpha - load_wide(c + v), load_anywhere(low + v)) << v;
   *bits = all;
 }
 
@@ -141,8 +140,8 @@ struct Lists {
   int32_t next[kCollectColumns], end[kCollectColumns];
 };
 
-// Of some rows from `first` on, of 2^shift bits each, the wanted entries into their lists: put(i, l) gives for row i and
-// column begin + l what is called for every entry: with its column from there on, and its place. Returns how many
+// Of some rows from `first` on, of 2^shift bits each, the wanted entries into their lists: put(i, l) gives for row i
+// and column begin + l what is called for every entry: with its column from there on, and its place. Returns how many
 // entries were wanted.
 template <class F>
 [[gnu::always_inline]] inline int64_t each_entry(Lists& lists, int32_t* index, int64_t first, int shift,
@@ -182,7 +181,8 @@ template <class T>
     const T* matrix = static_cast<const T*>(t.cost.matrix) + begin;
     const int64_t m = t.cost.m;
     return each([=](int64_t i, int64_t from) {
-      return [=, c = matrix + i * m + from, a = alpha[i]](int64_t l, int64_t to) { value[to] = a - double(widen(c[l])); };
+      return
+          [=, c = matrix + i * m + from, a = alpha[i]](int64_t l, int64_t to) { value[to] = a - double(widen(c[l])); };
     });
   }
   return each([&](int64_t i, int64_t from) {
@@ -232,7 +232,7 @@ bool collect(const ColumnScan& t, int64_t begin, int64_t end, int64_t& most) {
 // alone would have, are below those of the whole column.
 template <class T, class C>
 void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64_t begin, int64_t end) {
-  const int64_t sought = max_nz < kMostRanks ? 4 * max_nz : t.cost.n / 4 < 128 ? t.cost.n / 4 : 128;
+  const int64_t sought = max_nz < kGroups / 2 ? 4 * max_nz : t.cost.n / 4 < 128 ? t.cost.n / 4 : 128;
   const int64_t groups = sought <= 64 ? 64 : sought <= 128 ? 128 : kGroups;  // a row's is found without a division
   alignas(64) C largest[kGroups * kBoundColumns];
   for (int64_t e = 0; e < groups * kBoundColumns; ++e) largest[e] = -C(__builtin_inf());
@@ -240,7 +240,7 @@ void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64
       t.cost, begin, end, true, [&](int64_t i) { return C(t.alpha[i]); },
       [&](int64_t i, C alpha, int64_t j, int64_t tiles, const auto* c) {
         C* to = largest + (i & (groups - 1)) * kBoundColumns + (j - begin);
-                for (int64_t v = 0; v < tiles * kTile; v += kLanes<C>) {
+        for (int64_t v = 0; v < tiles * kTile; v += kLanes<C>) {
           __builtin_prefetch(c + 2 * t.cost.m + v);
           const Vec<C> x = alpha - load_wide(c + v), old = load_anywhere(to + v), now = greater(x, old);
           store_anywhere(to + v, now);
@@ -248,7 +248,7 @@ void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64
         return true;
       });
   const C rounding = sizeof(C) == 8 ? C(0x1p-50) : C(0x1p-21);
-  const int64_t ranks = max_nz <= kMostRanks && max_nz <= groups ? max_nz : 1;
+  const int64_t ranks = max_nz <= kMostRanks ? max_nz : 1;
   for (int64_t v = 0; v < end - begin; v += kLanes<C>) {
     Vec<C> ranked[kMostRanks], scaled = {};
     for (int64_t r = 0; r < ranks; ++r) ranked[r] = Vec<C>{} - C(__builtin_inf());
@@ -267,6 +267,24 @@ void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64
       }
       const Vec<C> higher = (sum - scaled) / size;
       low = greater(higher, low);
+    }
+    if (ranks < max_nz && max_nz <= groups) {
+      // Many ranks: up to a hundredth before the max_nz-th largest's distance from the largest, where it is above
+      // `low`. Halves what lies between in the order of the bits, so that numbers of any size may be among the entries.
+      using Bits = Vec<std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>>;
+      Bits far = (Bits)-low, near = {};
+      for (int step = 0; step < 14; ++step) {
+        const Bits middle = step == 0 ? far : near + (far - near) / 2;
+        Vec<C> size = {};
+        for (int64_t g = 0; g < groups; ++g) {
+          const Vec<C> x = load_anywhere(largest + g * kBoundColumns + v) - most;
+          size += x >= -(Vec<C>)middle ? Vec<C>{} + 1 : Vec<C>{};
+        }
+        if (step == 0 && !not_below(size, Vec<C>{} + C(max_nz))) break;  // it is nowhere
+        far = size >= C(max_nz) ? middle : far;
+        near = size >= C(max_nz) ? near : middle;
+      }
+      low = -(Vec<C>)far;
     }
     for (int l = 0; l < kLanes<C> && v + l < end - begin; ++l) {
       const double top = double(most[l]), rank = ranks == max_nz ? double(ranked[ranks - 1][l]) : -__builtin_inf();

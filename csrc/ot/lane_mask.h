@@ -85,7 +85,8 @@ namespace {
 #endif
 }
 
-// Where words are not zero, ascending; without a branch, as nobody can guess which ones are. Writes up to 32 places more.
+// Where words are not zero, ascending; without a branch, as nobody can guess which ones are. Writes up to 32 places
+// more.
 inline int64_t list_nonzero(const uint64_t* words, int64_t count, int32_t* where) {
   int64_t found = 0, k = 0;
 #if defined(__AVX512DQ__)
