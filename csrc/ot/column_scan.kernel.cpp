@@ -14,7 +14,7 @@ namespace {
 constexpr int kTile = 64;
 constexpr int kCollectColumns = 1024, kBoundColumns = 128;  // of a pass over the rows; what these need stays near
 constexpr int kPointRows = 64, kPointDims = 32;
-constexpr int kGroups = 256, kMostRanks = 16;
+constexpr int kGroups = 256, kMostRanks = 24;
 constexpr int64_t kWords = 512;
 
 // v in C, rounded away from what must not be missed; without a branch, as nobody can guess which way float(v) went.
@@ -268,28 +268,33 @@ void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64
       const Vec<C> higher = (sum - scaled) / size;
       low = greater(higher, low);
     }
-    if (ranks < max_nz && max_nz <= groups) {
+    Vec<C> rank = Vec<C>{} - C(__builtin_inf());
+    if (ranks == max_nz) {
+      rank = ranked[ranks - 1];
+    } else if (max_nz <= groups) {
       // Many ranks: up to a hundredth before the max_nz-th largest's distance from the largest, where it is above
       // `low`. Halves what lies between in the order of the bits, so that numbers of any size may be among the entries.
       using Bits = Vec<std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>>;
       Bits far = (Bits)-low, near = {};
       for (int step = 0; step < 14; ++step) {
         const Bits middle = step == 0 ? far : near + (far - near) / 2;
+        const Vec<C> distance = (Vec<C>)middle;
         Vec<C> size = {};
         for (int64_t g = 0; g < groups; ++g) {
           const Vec<C> x = load_anywhere(largest + g * kBoundColumns + v) - most;
-          size += x >= -(Vec<C>)middle ? Vec<C>{} + 1 : Vec<C>{};
+          size += x >= -distance ? Vec<C>{} + 1 : Vec<C>{};
         }
         if (step == 0 && !not_below(size, Vec<C>{} + C(max_nz))) break;  // it is nowhere
-        far = size >= C(max_nz) ? middle : far;
-        near = size >= C(max_nz) ? near : middle;
+        const auto enough = size >= C(max_nz);
+        rank = enough ? most - distance : rank;
+        far = enough ? middle : far;
+        near = enough ? near : middle;
       }
-      low = -(Vec<C>)far;
     }
     for (int l = 0; l < kLanes<C> && v + l < end - begin; ++l) {
-      const double top = double(most[l]), rank = ranks == max_nz ? double(ranked[ranks - 1][l]) : -__builtin_inf();
+      const double top = double(most[l]);
       double tau = top + double(low[l]) - double(rounding) * double(groups) * double(scaled[l]);
-      if (rank > tau) tau = rank;
+      if (double(rank[l]) > tau) tau = double(rank[l]);
       const double size = __builtin_fabs(tau) + __builtin_fabs(top);
       tau -= double(rounding) * size + 0x1p-120;
       t.low[begin + v + l] = tau == tau ? tau : -__builtin_inf();
