@@ -146,8 +146,8 @@ struct Lists {
 template <class F>
 [[gnu::always_inline]] inline int64_t each_entry(Lists& lists, int32_t* index, int64_t first, int shift,
                                                  const uint64_t* words, int64_t count, const F& put) {
-  int32_t where[kWords + 16];
-  const int64_t some = list_nonzero(words, count, where);
+  int32_t where[kWords];
+  const int64_t some = list_nonzero(words, int32_t(count), where);
   int64_t found = 0;
   for (int64_t p = 0; p < some; ++p) {
     const int64_t place = int64_t(where[p]) * kTile, i = first + (place >> shift);
