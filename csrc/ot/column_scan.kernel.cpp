@@ -223,6 +223,7 @@ bool collect(const ColumnScan& t, int64_t begin, int64_t end, int64_t& most) {
         first = i + 1;
         return most >= 0;
       });
+  if (most < 0) return false;
   most -= append<T>(t, begin, first, shift, words, (t.cost.n - first) * per_row, lists);
   for (int64_t j = 0; j < end - begin; ++j) t.count[begin + j] = lists.next[j] - int32_t(j * t.capacity);
   return most >= 0;
