@@ -14,26 +14,46 @@ namespace {
 constexpr int kTile = 64;
 constexpr int kCollectColumns = 1024, kBoundColumns = 128;  // of a pass over the rows; what these need stays near
 constexpr int kPointRows = 64, kPointDims = 32;
-constexpr int kGroups = 256, kMostRanks = 128;
+constexpr int kGroups = 256, kMostRanks = 24;
+constexpr int64_t kWords = 512;
 
-// The neighbour of v in float, where v is no float: rounded away from what must not be missed.
-inline float next(float v, bool up) {
-  const uint32_t bits = bits_of(v);
-  if (!(v - v == 0.f)) return v;
-  if (v == 0.f) return up ? 0x1p-126f : -0x1p-126f;
-  return float_of((v > 0) == up ? bits + 1 : bits - 1);
-}
+// v in C, rounded away from what must not be missed; without a branch, as nobody can guess which way float(v) went.
 inline void round_up(double v, float& to) {
   to = float(v);
-  if (double(to) < v) to = next(to, true);
+  to = to * (to > 0 ? 1 + 0x1p-23f : 1 - 0x1p-23f) + 0x1p-126f;
 }
 inline void round_up(double v, double& to) { to = v; }
 inline void round_down(double v, float& to) {
   to = float(v);
-  if (double(to) > v) to = next(to, false);
-  if (to == -__builtin_inff()) to = -0x1.fffffep127f;  // entries of -infinity stay out
+  to = to * (to > 0 ? 1 - 0x1p-23f : 1 + 0x1p-23f) - 0x1p-126f;
+  to = to > -0x1.fffffep127f ? to : -0x1.fffffep127f;  // entries of -infinity stay out
 }
 inline void round_down(double v, double& to) { to = v == -__builtin_inf() ? -0x1.fffffffffffffp1023 : v; }
+
+typedef __mmask16 LooseMask __attribute__((may_alias));
+
+// kLanes<C> numbers in order.
+template <class C>
+[[gnu::always_inline]] inline Vec<C> load_wide(const C* x) {
+  return load_anywhere(x);
+}
+[[gnu::always_inline]] inline Vec<float> load_wide(const Bf16* x) {
+  typedef uint16_t Stored __attribute__((vector_size(2 * kLanes<float>)));
+  Stored v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return (Vec<float>)(__builtin_convertvector(v, Vec<uint32_t>) << 16);
+}
+[[gnu::always_inline]] inline Vec<float> load_wide(const F16* x) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#else
+  alignas(kVectorBytes) float wide[kLanes<float>];
+  for (int l = 0; l < kLanes<float>; ++l) wide[l] = widen(x[l]);
+  return vec_at(wide);
+#endif
+}
 
 // Squared distances of up to 64 rows from i, to the columns of a tile, times `scale`.
 template <class T, class C>
@@ -68,7 +88,8 @@ void distances(const Cost& t, int64_t i, int64_t rows, int64_t j, int64_t column
 }
 
 // f(i, of_row(i), j, tiles, c) for every row i, until it is false: c[0 .. 64 * tiles) are its costs from column j on,
-// +infinity past the end. Distances of points are rounded: up, or down. Of a column, rows come in order.
+// +infinity past the end; as they are stored, but distances in C. Those are rounded: up, or down. Of a column, rows
+// come in order.
 template <class T, class C, class R, class F>
 [[gnu::always_inline]] inline void each_row(const Cost& t, int64_t begin, int64_t end, bool up, const R& of_row,
                                             const F& f) {
@@ -84,93 +105,105 @@ template <class T, class C, class R, class F>
       }
     return;
   }
-  const int64_t direct = std::is_same_v<T, C> ? (end - begin) / kTile * kTile : 0, rest = end - begin - direct;
-  const int64_t padded = (rest + kTile - 1) / kTile * kTile;
-  alignas(64) C wide[std::is_same_v<T, C> ? kTile : kCollectColumns];
-  for (int64_t l = rest; l < padded; ++l) wide[l] = C(__builtin_inf());
+  const int64_t direct = (end - begin) / kTile * kTile, rest = end - begin - direct;
+  alignas(64) T last[kTile];
+  for (int64_t l = rest; l < kTile; ++l) narrow(C(__builtin_inf()), last[l]);
   for (int64_t i = 0; i < t.n; ++i) {
     const T* c = static_cast<const T*>(t.matrix) + i * t.m + begin;
     const auto row = of_row(i);
-    if constexpr (std::is_same_v<T, C>)
-      if (direct && !f(i, row, begin, direct / kTile, c)) return;
+    if (direct && !f(i, row, begin, direct / kTile, c)) return;
     if (rest == 0) continue;
-#pragma omp simd
-    for (int64_t l = 0; l < rest; ++l) wide[l] = widen(c[direct + l]);
-    if (!f(i, row, begin + direct, padded / kTile, wide)) return;
+    for (int64_t l = 0; l < rest; ++l) last[l] = c[direct + l];
+    if (!f(i, row, begin + direct, 1, last)) return;
   }
 }
 
 // One bit per column of a tile: not alpha - c < low.
-template <class C>
-[[gnu::always_inline]] inline uint64_t wanted(const C* c, C alpha, const C* low) {
-  uint64_t bits = 0;
+template <class T, class C>
+[[gnu::always_inline]] inline void wanted(const T* c, C alpha, const C* low, uint64_t* bits) {
 #if defined(__AVX512BW__)
-  if constexpr (sizeof(C) == 4) {  // gcc would take every mask to a general register
-    __mmask16 lanes[4];
-    for (int v = 0; v < 4; ++v)
-      lanes[v] = __mmask16(not_below(alpha - load_anywhere(c + 16 * v), load_anywhere(low + 16 * v)));
-    return _cvtmask64_u64(_mm512_kunpackd(_mm512_kunpackw(lanes[3], lanes[2]), _mm512_kunpackw(lanes[1], lanes[0])));
+  if constexpr (sizeof(C) == 4) {  // gcc would join the masks in a general register
+    for (int v = 0; v < 4; ++v) {
+      const auto lanes = __mmask16(not_below(alpha - load_wide(c + 16 * v), load_anywhere(low + 16 * v)));
+      asm("kmovw %1, %0" : "=m"(reinterpret_cast<LooseMask*>(bits)[v]) : "k"(lanes));
+    }
+    return;
   }
 #endif
-  for (int v = 0; v < kTile; v += kLanes<C>)
-    bits |= not_below(alpha - load_anywhere(c + v), load_anywhere(low + v)) << v;
-  return bits;
+  uint64_t all = 0;
+  for (int v = 0; v < kTile; v += kLanes<C>) all |= not_below(alpha - load_wide(c + v), load_anywhere(low + v)) << v;
+  *bits = all;
 }
 
-// The tiles that have wanted entries, listed without a branch: nobody can guess which ones do.
-struct WantedTile {
-  uint64_t bits;
-  int32_t row, column;  // the first of the tile, from the first of the scan
+// Where the lists of a pass's columns go on, and where they must end; from the first column's on.
+struct Lists {
+  int32_t next[kCollectColumns], end[kCollectColumns];
 };
-constexpr int64_t kListed = 512;
 
-// put(place of a list, i, j) for every wanted entry that its list has room for. Returns how many were wanted.
+// Of some rows from `first` on, of 2^shift bits each, the wanted entries into their lists: put(i, l) gives for row i
+// and column begin + l what is called for every entry: with its column from there on, and its place. Returns how many
+// entries were wanted.
 template <class F>
-[[gnu::always_inline]] inline int64_t each_entry(const ColumnScan& t, int64_t begin, const WantedTile* tiles,
-                                                 int64_t count, const F& put) {
-  const int64_t capacity = t.capacity;
-  int32_t *counts = t.count + begin, *index = t.index;
+[[gnu::always_inline]] inline int64_t each_entry(Lists& lists, int32_t* index, int64_t first, int shift,
+                                                 const uint64_t* words, int64_t count, const F& put) {
+  int32_t where[kWords];
+  const int64_t some = list_nonzero(words, int32_t(count), where);
   int64_t found = 0;
-  for (int64_t p = 0; p < count; ++p) {
-    const int64_t i = tiles[p].row, first = tiles[p].column;
-    uint64_t bits = tiles[p].bits;
+  for (int64_t p = 0; p < some; ++p) {
+    const int64_t place = int64_t(where[p]) * kTile, i = first + (place >> shift);
+    const int64_t from = place & ((int64_t(1) << shift) - 1);
+    uint64_t bits = words[where[p]];
     found += __builtin_popcountll(bits);
+    int32_t* next = lists.next + from;
+    const int32_t* end = lists.end + from;
+    const auto store = put(i, from);
     do {
-      const int64_t l = first + __builtin_ctzll(bits), at = counts[l]++, to = (begin + l) * capacity + at;
+      const int64_t l = __builtin_ctzll(bits), to = next[l]++;
       bits &= bits - 1;
-      if (at >= capacity) continue;
+      if (to >= end[l]) continue;
       index[to] = int32_t(i);
-      put(to, i, begin + l);
+      store(l, to);
     } while (bits);
   }
   return found;
 }
 template <class T>
-[[gnu::noinline]] int64_t append(const ColumnScan& t, int64_t begin, const WantedTile* tiles, int64_t count) {
-  double* value = t.value;
+[[gnu::noinline]] int64_t append(const ColumnScan& t, int64_t begin, int64_t first, int shift, const uint64_t* words,
+                                 int64_t count, Lists& lists) {
+  int32_t* index = t.index + begin * t.capacity;
+  const auto each = [&](const auto& put) __attribute__((always_inline)) {
+    return each_entry(lists, index, first, shift, words, count, put);
+  };
+  if (!t.value) return each([](int64_t, int64_t) { return [](int64_t, int64_t) {}; });
+  double* value = t.value + begin * t.capacity;
   const double* alpha = t.alpha;
-  if (!value) return each_entry(t, begin, tiles, count, [](int64_t, int64_t, int64_t) {});
-  if (const T* matrix = static_cast<const T*>(t.cost.matrix)) {
+  if (t.cost.matrix) {
+    const T* matrix = static_cast<const T*>(t.cost.matrix) + begin;
     const int64_t m = t.cost.m;
-    return each_entry(t, begin, tiles, count, [=](int64_t to, int64_t i, int64_t j) {
-      value[to] = alpha[i] - double(widen(matrix[i * m + j]));
+    return each([=](int64_t i, int64_t from) {
+      return
+          [=, c = matrix + i * m + from, a = alpha[i]](int64_t l, int64_t to) { value[to] = a - double(widen(c[l])); };
     });
   }
-  return each_entry(t, begin, tiles, count,
-                    [&](int64_t to, int64_t i, int64_t j) { value[to] = alpha[i] - cost_at(t.cost, i, j); });
+  return each([&](int64_t i, int64_t from) {
+    return [&, i, from](int64_t l, int64_t to) { value[to] = alpha[i] - cost_at(t.cost, i, begin + from + l); };
+  });
 }
 
 // False if more than `most` entries are wanted.
 template <class T, class C>
 bool collect(const ColumnScan& t, int64_t begin, int64_t end, int64_t& most) {
   alignas(64) C low[kCollectColumns];
-  for (int64_t l = 0; l < kCollectColumns; ++l) low[l] = C(__builtin_inf());
-  for (int64_t j = begin; j < end; ++j) {
-    round_down(t.low[j], low[j - begin]);
-    t.count[j] = 0;
-  }
-  WantedTile listed[kListed + kCollectColumns / kTile];
-  int64_t count = 0;
+  alignas(64) uint64_t words[kWords] = {};  // bits of the wanted entries, of a few rows: 2^shift for each
+  int shift = 6;
+  while (int64_t(1) << shift < end - begin) ++shift;
+  const int64_t per_row = int64_t(1) << (shift - 6), rows = kWords / per_row;
+  for (int64_t l = 0; l < per_row * kTile; ++l) low[l] = C(__builtin_inf());
+  for (int64_t j = begin; j < end; ++j) round_down(t.low[j], low[j - begin]);
+  Lists lists;
+  for (int64_t j = 0; j < end - begin; ++j) lists.next[j] = int32_t(j * t.capacity);
+  for (int64_t j = 0; j < end - begin; ++j) lists.end[j] = int32_t((j + 1) * t.capacity);
+  int64_t first = 0;
   each_row<T, C>(
       t.cost, begin, end, false,
       [&](int64_t i) {
@@ -178,23 +211,21 @@ bool collect(const ColumnScan& t, int64_t begin, int64_t end, int64_t& most) {
         round_up(t.cost.matrix ? t.alpha[i] : t.alpha[i] + 0x1p-120, alpha);
         return alpha;
       },
-      [&](int64_t i, C alpha, int64_t j, int64_t tiles, const C* c) {
-        const T* next = t.cost.matrix ? static_cast<const T*>(t.cost.matrix) + (i + 1) * t.cost.m + j : nullptr;
-        int64_t at = count;  // a copy: the compiler cannot keep the other one in a register
-        for (int64_t l = 0; l < tiles * kTile; l += kTile) {
-          listed[at] = {wanted(c + l, alpha, low + (j - begin) + l), int32_t(i), int32_t(j - begin + l)};
-          at += listed[at].bits != 0;
-          // The processor does not foresee where a part of a row goes on. (Past the end, or of null, it does nothing.)
-          for (size_t e = 0; e < kTile * sizeof(T); e += 64)
-            __builtin_prefetch(reinterpret_cast<const char*>(next + l) + e);
+      [&](int64_t i, C alpha, int64_t j, int64_t tiles, const auto* c) {
+        uint64_t* to = words + (i - first) * per_row + (j - begin) / kTile;
+        for (int64_t l = 0; l < tiles; ++l) {
+          wanted(c + l * kTile, alpha, low + (j - begin) + l * kTile, to + l);
+          // The processor does not foresee where a part of a row goes on. (Past the end it does nothing.)
+          for (size_t e = 0; e < kTile; e += 64 / sizeof(T)) __builtin_prefetch(c + t.cost.m + l * kTile + e);
         }
-        count = at;
-        if (count <= kListed) return true;
-        most -= append<T>(t, begin, listed, count);
-        count = 0;
+        if (j + tiles * kTile < end || i - first + 1 < rows) return true;
+        most -= append<T>(t, begin, first, shift, words, kWords, lists);
+        first = i + 1;
         return most >= 0;
       });
-  most -= append<T>(t, begin, listed, count);
+  if (most < 0) return false;
+  most -= append<T>(t, begin, first, shift, words, (t.cost.n - first) * per_row, lists);
+  for (int64_t j = 0; j < end - begin; ++j) t.count[begin + j] = lists.next[j] - int32_t(j * t.capacity);
   return most >= 0;
 }
 
@@ -202,24 +233,23 @@ bool collect(const ColumnScan& t, int64_t begin, int64_t end, int64_t& most) {
 // alone would have, are below those of the whole column.
 template <class T, class C>
 void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64_t begin, int64_t end) {
-  const int64_t sought = max_nz < kMostRanks ? 4 * max_nz : t.cost.n / 4 < 128 ? t.cost.n / 4 : 128;
+  const int64_t sought = max_nz < kGroups / 2 ? 4 * max_nz : t.cost.n / 4 < 128 ? t.cost.n / 4 : 128;
   const int64_t groups = sought <= 64 ? 64 : sought <= 128 ? 128 : kGroups;  // a row's is found without a division
   alignas(64) C largest[kGroups * kBoundColumns];
   for (int64_t e = 0; e < groups * kBoundColumns; ++e) largest[e] = -C(__builtin_inf());
   each_row<T, C>(
       t.cost, begin, end, true, [&](int64_t i) { return C(t.alpha[i]); },
-      [&](int64_t i, C alpha, int64_t j, int64_t tiles, const C* c) {
+      [&](int64_t i, C alpha, int64_t j, int64_t tiles, const auto* c) {
         C* to = largest + (i & (groups - 1)) * kBoundColumns + (j - begin);
-        const T* next = t.cost.matrix ? static_cast<const T*>(t.cost.matrix) + (i + 2) * t.cost.m + j : nullptr;
         for (int64_t v = 0; v < tiles * kTile; v += kLanes<C>) {
-          __builtin_prefetch(next + v);
-          const Vec<C> x = alpha - load_anywhere(c + v), old = load_anywhere(to + v), now = greater(x, old);
+          __builtin_prefetch(c + 2 * t.cost.m + v);
+          const Vec<C> x = alpha - load_wide(c + v), old = load_anywhere(to + v), now = greater(x, old);
           store_anywhere(to + v, now);
         }
         return true;
       });
   const C rounding = sizeof(C) == 8 ? C(0x1p-50) : C(0x1p-21);
-  const int64_t ranks = max_nz <= kMostRanks && max_nz <= groups ? max_nz : 1;
+  const int64_t ranks = max_nz <= kMostRanks ? max_nz : 1;
   for (int64_t v = 0; v < end - begin; v += kLanes<C>) {
     Vec<C> ranked[kMostRanks], scaled = {};
     for (int64_t r = 0; r < ranks; ++r) ranked[r] = Vec<C>{} - C(__builtin_inf());
@@ -239,10 +269,33 @@ void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64
       const Vec<C> higher = (sum - scaled) / size;
       low = greater(higher, low);
     }
+    Vec<C> rank = Vec<C>{} - C(__builtin_inf());
+    if (ranks == max_nz) {
+      rank = ranked[ranks - 1];
+    } else if (max_nz <= groups) {
+      // Many ranks: up to a hundredth before the max_nz-th largest's distance from the largest, where it is above
+      // `low`. Halves what lies between in the order of the bits, so that numbers of any size may be among the entries.
+      using Bits = Vec<std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>>;
+      Bits far = (Bits)-low, near = {};
+      for (int step = 0; step < 14; ++step) {
+        const Bits middle = step == 0 ? far : near + (far - near) / 2;
+        const Vec<C> distance = (Vec<C>)middle;
+        Vec<C> size = {};
+        for (int64_t g = 0; g < groups; ++g) {
+          const Vec<C> x = load_anywhere(largest + g * kBoundColumns + v) - most;
+          size += x >= -distance ? Vec<C>{} + 1 : Vec<C>{};
+        }
+        if (step == 0 && !not_below(size, Vec<C>{} + C(max_nz))) break;  // it is nowhere
+        const auto enough = size >= C(max_nz);
+        rank = enough ? most - distance : rank;
+        far = enough ? middle : far;
+        near = enough ? near : middle;
+      }
+    }
     for (int l = 0; l < kLanes<C> && v + l < end - begin; ++l) {
-      const double top = double(most[l]), rank = ranks == max_nz ? double(ranked[ranks - 1][l]) : -__builtin_inf();
+      const double top = double(most[l]);
       double tau = top + double(low[l]) - double(rounding) * double(groups) * double(scaled[l]);
-      if (rank > tau) tau = rank;
+      if (double(rank[l]) > tau) tau = double(rank[l]);
       const double size = __builtin_fabs(tau) + __builtin_fabs(top);
       tau -= double(rounding) * size + 0x1p-120;
       t.low[begin + v + l] = tau == tau ? tau : -__builtin_inf();
@@ -263,10 +316,10 @@ void with_arithmetic(Element e, const F& f) {
 bool scan_columns(const ColumnScan& t, int64_t begin, int64_t end) {
   int64_t most = t.most;
   bool all = true;
+  const int64_t columns = t.cost.matrix ? kCollectColumns : kTile;
   with_arithmetic(t.cost.element, [&](auto stored, auto wide) {
-    for (int64_t j = begin; j < end && all; j += kCollectColumns)
-      all =
-          collect<decltype(stored), decltype(wide)>(t, j, end - j < kCollectColumns ? end : j + kCollectColumns, most);
+    for (int64_t j = begin; j < end && all; j += columns)
+      all = collect<decltype(stored), decltype(wide)>(t, j, end - j < columns ? end : j + columns, most);
   });
   return all;
 }

@@ -85,6 +85,27 @@ namespace {
 #endif
 }
 
+// Where words are not zero, ascending; without a branch, as nobody can guess which ones are. `where` has `count`
+// places.
+inline int32_t list_nonzero(const uint64_t* words, int32_t count, int32_t* where) {
+  int32_t found = 0, k = 0;
+#if defined(__AVX512DQ__)
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; k + 16 <= count; k += 16) {
+    const __m512i low = _mm512_loadu_si512(words + k), high = _mm512_loadu_si512(words + k + 8);
+    const __mmask16 some = _mm512_kunpackb(_mm512_test_epi64_mask(high, high), _mm512_test_epi64_mask(low, low));
+    const __m512i places = _mm512_add_epi32(first, _mm512_set1_epi32(k));
+    _mm512_storeu_si512(where + found, _mm512_maskz_compress_epi32(some, places));
+    found += __builtin_popcount(_cvtmask16_u32(some));
+  }
+#endif
+  for (; k < count; ++k) {
+    where[found] = k;
+    found += words[k] != 0;
+  }
+  return found;
+}
+
 // x into the largest numbers so far of every lane, in falling order.
 template <class C>
 [[gnu::always_inline]] inline void insert(Vec<C> x, Vec<C>* top, int64_t ranks) {

@@ -157,13 +157,13 @@ constexpr int kPacked = 16;
 #if defined(__AVX512DQ__) && defined(__BMI2__)
   const auto first_of = [](int64_t k) { return k <= 0 ? 0u : (1u << (k < 16 ? k : 16)) - 1; };
   const auto weigh = [&](const double* x, __mmask8& wanted) __attribute__((always_inline)) {
-    const __m512d v = (__m512d)load_anywhere(x), weight = (__m512d)((load_anywhere(x) - largest - tau) / reg);
+    const __m512d v = (__m512d)load_anywhere(x), above = (__m512d)(load_anywhere(x) - largest - tau);  // reg * weight
     wanted = _mm512_cmp_pd_mask(v, _mm512_set1_pd(smallest), _CMP_GE_OQ);
-    wanted = _mm512_mask_cmp_pd_mask(wanted, weight, _mm512_setzero_pd(), _CMP_GT_OQ);
-    return weight;
+    wanted = _mm512_mask_cmp_pd_mask(wanted, above, _mm512_setzero_pd(), _CMP_GT_OQ);
+    return above;
   };
   __mmask8 low, high;
-  const __m512d v = weigh(value, low), w = weigh(value + 8, high);
+  const __m512d v = weigh(value, low), w = weigh(value + 8, high), scale = _mm512_set1_pd(reg);
   const uint32_t wanted = _cvtmask16_u32(_mm512_kunpackb(high, low)) & first_of(count), places = first_of(room);
   const int kept = __builtin_popcount(wanted);
   const uint32_t used = (1u << kept) - 1;
@@ -176,7 +176,8 @@ constexpr int kPacked = 16;
     const __m512i shift = _mm512_add_epi64(_mm512_set1_epi64(4 * from), _mm512_setr_epi64(0, 4, 8, 12, 16, 20, 24, 28));
     const __m512i at = _mm512_maskz_srlv_epi64(0xff, all, shift);
     const __mmask8 there = __mmask8(used >> from), free = __mmask8(places >> from);
-    _mm512_mask_storeu_pd(to + from, free, _mm512_maskz_permutex2var_pd(there, v, at, w));
+    const __m512d above = _mm512_maskz_permutex2var_pd(there, v, at, w);  // divided when few are left
+    _mm512_mask_storeu_pd(to + from, free, _mm512_div_pd(above, scale));
     _mm512_mask_storeu_epi64(index + from, free, _mm512_maskz_permutex2var_epi64(there, first, at, second));
   };
   put(0);
@@ -185,9 +186,9 @@ constexpr int kPacked = 16;
 #else
   int64_t kept = 0;
   for (int64_t r = 0; r < kPacked && r < count; ++r) {
-    const double weight = (value[r] - largest - tau) / reg;
-    if (!(weight > 0) || value[r] < smallest) continue;
-    if (kept < room) to[kept] = weight, index[kept] = row[r];
+    const double above = value[r] - largest - tau;
+    if (!(above > 0) || value[r] < smallest) continue;
+    if (kept < room) to[kept] = above / reg, index[kept] = row[r];
     ++kept;
   }
   for (int64_t r = kept; r < kPacked && r < room; ++r) to[r] = 0, index[r] = 0;

@@ -32,13 +32,13 @@ def check_matrix(x: Any, name: str) -> None:
 
 def check_number(x: Any, name: str) -> None:
     """x must be a real number."""
-    if not isinstance(x, Real):
+    if not isinstance(x, (float, int, Real)):  # of an abstract class alone it takes longer to tell
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
 
 
 def check_count(n: Any, name: str) -> None:
     """n must be a positive whole number."""
-    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+    if not isinstance(n, (int, Integral)) or isinstance(n, bool) or n < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {n!r}")
 
 

@@ -39,9 +39,11 @@ class Costs(NamedTuple):
 
 def common_batch(*shapes: torch.Size) -> tuple[int, ...]:
     """What these leading dimensions broadcast to; quickly where they are all alike."""
-    if all(shape == shapes[0] for shape in shapes):
-        return tuple(shapes[0])
-    return tuple(torch.broadcast_shapes(*shapes))
+    first = shapes[0]
+    for shape in shapes:
+        if shape != first:
+            return tuple(torch.broadcast_shapes(*shapes))
+    return tuple(first)
 
 
 def in_batch(t: Tensor, batch: tuple[int, ...], own: int) -> Tensor:

@@ -136,7 +136,10 @@ def _state(warm: tuple[Tensor, SparsePlan, Tensor] | None, batch: tuple[int, ...
                                   ("tau", tau.shape, (*batch, m))):
         if shape != expected:
             raise ValueError(f"the {name} of warm must have shape {expected}, got {tuple(shape)}")
-    return alpha.detach().to(torch.float64), plan.indices, plan.values.detach(), tau.detach()
+    weight = plan.values
+    if needs_derivative(alpha, weight, tau):
+        alpha, weight, tau = alpha.detach(), weight.detach(), tau.detach()
+    return alpha if alpha.dtype == torch.float64 else alpha.double(), plan.indices, weight, tau
 
 
 @torch.compiler.allow_in_graph
