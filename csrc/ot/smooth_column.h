@@ -81,6 +81,24 @@ struct LevelSlopes {
   }
 };
 
+// Where exactly k entries are full, theta may be anything from the next one's u, or 0, to steep() times less than the
+// least of theirs. At an end of that, where Newton lands, rounding would decide whether one entry more shares, and so
+// about slopes that there are not: theta moves a little inwards.
+template <class Lanes, class X>
+GRADOPS_TEAM double off_the_ends(const Lanes& lanes, int64_t count, const X& x, const Smoothing& w, const ColumnSums& s,
+                                 ColumnLevels l) {
+  const double level = l.tau + l.theta, whole = l.tau + l.theta * w.steep();
+  double other = l.theta;
+  if (s.full < s.active && double(s.active) == w.k) {
+    const double next = lanes.largest(count, [&](int64_t k) { return x(k) > level ? -kInfinity : x(k); });
+    other = next > l.tau ? next - l.tau : 0;
+  } else if (s.full < s.active && double(s.full) == w.k) {
+    const double least = -lanes.largest(count, [&](int64_t k) { return x(k) > whole ? -x(k) : -kInfinity; });
+    other = (least - l.tau) / w.steep();
+  }
+  return l.theta + 1. / 64 * (other - l.theta);
+}
+
 // theta for a given tau, by Newton within brackets on 1 / theta, in which the cardinality is piecewise linear and
 // rises.
 template <class Lanes, class X>
@@ -90,9 +108,10 @@ GRADOPS_TEAM double theta_at(const Lanes& lanes, int64_t count, const X& x, cons
   lanes.above(count, x, tau, positive);
   if (double(positive) <= w.k) return 0;
   double low = 1 / (largest - tau), high = kInfinity, inverse = low * w.steep();
+  ColumnSums s;
   for (int turn = 0; turn < 200; ++turn) {
     const double theta = 1 / inverse, slope = w.part;
-    const ColumnSums s = column_sums(lanes, count, x, w, {tau, theta});
+    s = column_sums(lanes, count, x, w, {tau, theta});
     const double excess = double(s.full) + s.shared * slope * inverse - w.k;
     if (__builtin_fabs(excess) <= 1e-14 * w.k) break;
     (excess > 0 ? high : low) = inverse;
@@ -102,7 +121,7 @@ GRADOPS_TEAM double theta_at(const Lanes& lanes, int64_t count, const X& x, cons
     if (next == inverse) break;
     inverse = next;
   }
-  return 1 / inverse;
+  return off_the_ends(lanes, count, x, w, s, {tau, 1 / inverse});
 }
 
 // (tau, theta) of a column of mass b. First Newton on both, which ends exactly on the right kinds of entries, mostly
@@ -114,7 +133,7 @@ GRADOPS_TEAM ColumnLevels column_levels(const Lanes& lanes, int64_t count, const
   int64_t active = -1, full = -1;
   for (int turn = 0; turn < 12 && l.theta > 0; ++turn) {
     const ColumnSums s = column_sums(lanes, count, x, w, l);
-    if (s.active == active && s.full == full) return l;
+    if (s.active == active && s.full == full) return {l.tau, off_the_ends(lanes, count, x, w, s, l)};
     active = s.active, full = s.full;
     if (active == 0 || double(full) > w.k || (active == full && double(full) < w.k)) break;
     double x_step, y_step;

@@ -131,6 +131,21 @@ def test_batch_is_the_loop_and_threads_change_nothing():
         assert torch.equal(r.plan.to_dense(), together.plan.to_dense()[i]) and r.status == together.status[i]
 
 
+def test_rounding_decides_nothing_on_the_way():
+    """Changes of the costs in the last place change every iterate as little."""
+    M, a, b = costs(6, 5, seed=1), weights(6, 2), weights(5, 3)
+
+    def alpha(M, most):
+        return solve(M, a, b, reg=0.3, max_nz=2, max_iter=most).potentials.alpha
+
+    g = torch.Generator().manual_seed(0)
+    for most in range(12, 28, 3):
+        exact = alpha(M, most)
+        for _ in range(6):
+            near = M * (1 + 1e-15 * torch.randn(M.shape, dtype=torch.float64, generator=g))
+            torch.testing.assert_close(alpha(near, most), exact, rtol=0, atol=1e-10)
+
+
 def test_iteration_limit_says_so():
     r = solve(costs(40, 40, kind="points"), reg=1.0, max_nz=2, max_iter=30)
     assert r.status == "iteration_limit" and r.n_iter <= 40 and torch.isfinite(r.dual_value)
