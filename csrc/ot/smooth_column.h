@@ -83,20 +83,16 @@ struct LevelSlopes {
 
 // Where exactly k entries are full, theta may be anything from the next one's u, or 0, to steep() times less than the
 // least of theirs. At an end of that, where Newton lands, rounding would decide whether one entry more shares, and so
-// about slopes that there are not: theta moves a little inwards.
+// about slopes that there are not: theta becomes one number within.
 template <class Lanes, class X>
-GRADOPS_TEAM double off_the_ends(const Lanes& lanes, int64_t count, const X& x, const Smoothing& w, const ColumnSums& s,
-                                 ColumnLevels l) {
-  const double level = l.tau + l.theta, whole = l.tau + l.theta * w.steep();
-  double other = l.theta;
-  if (s.full < s.active && double(s.active) == w.k) {
-    const double next = lanes.largest(count, [&](int64_t k) { return x(k) > level ? -kInfinity : x(k); });
-    other = next > l.tau ? next - l.tau : 0;
-  } else if (s.full < s.active && double(s.full) == w.k) {
-    const double least = -lanes.largest(count, [&](int64_t k) { return x(k) > whole ? -x(k) : -kInfinity; });
-    other = (least - l.tau) / w.steep();
-  }
-  return l.theta + 1. / 64 * (other - l.theta);
+GRADOPS_TEAM double settled(const Lanes& lanes, int64_t count, const X& x, const Smoothing& w, const ColumnSums& s,
+                            ColumnLevels l) {
+  if (double(s.active) != w.k && double(s.full) != w.k) return l.theta;
+  const double level = l.tau + (double(s.active) == w.k ? l.theta : l.theta * w.steep());  // k entries are above
+  const double next = lanes.largest(count, [&](int64_t k) { return x(k) > level ? -kInfinity : x(k); });
+  const double least = -lanes.largest(count, [&](int64_t k) { return x(k) > level ? -x(k) : -kInfinity; });
+  const double low = next > l.tau ? next - l.tau : 0, high = (least - l.tau) / w.steep();
+  return low + 63. / 64 * (high - low);
 }
 
 // theta for a given tau, by Newton within brackets on 1 / theta, in which the cardinality is piecewise linear and
@@ -121,7 +117,7 @@ GRADOPS_TEAM double theta_at(const Lanes& lanes, int64_t count, const X& x, cons
     if (next == inverse) break;
     inverse = next;
   }
-  return off_the_ends(lanes, count, x, w, s, {tau, 1 / inverse});
+  return settled(lanes, count, x, w, s, {tau, 1 / inverse});
 }
 
 // (tau, theta) of a column of mass b. First Newton on both, which ends exactly on the right kinds of entries, mostly
@@ -133,7 +129,7 @@ GRADOPS_TEAM ColumnLevels column_levels(const Lanes& lanes, int64_t count, const
   int64_t active = -1, full = -1;
   for (int turn = 0; turn < 12 && l.theta > 0; ++turn) {
     const ColumnSums s = column_sums(lanes, count, x, w, l);
-    if (s.active == active && s.full == full) return {l.tau, off_the_ends(lanes, count, x, w, s, l)};
+    if (s.active == active && s.full == full) return {l.tau, settled(lanes, count, x, w, s, l)};
     active = s.active, full = s.full;
     if (active == 0 || double(full) > w.k || (active == full && double(full) < w.k)) break;
     double x_step, y_step;
