@@ -278,9 +278,9 @@ GRADOPS_TEAM double largest_cost(Team& team, const Transport& t, const Transport
   return team.sum(n, [&](int64_t i) { return masked[i]; }) > 0 ? kInfinity : s.spread;
 }
 
-// e, the plan of the largest entries at alpha, or another that is nearer to the rows: where entries tie, which of them
-// are taken is open, and those with the largest weights in the averaged plan do less harm than those that rounding
-// would choose.
+// e, the plan of the largest entries at alpha, or if it is nearer to the rows the averaged plan without what is too
+// much: where entries tie, which of them are taken is open, and those with the largest weights in the averaged plan do
+// less harm than those that rounding would choose.
 template <class Team>
 GRADOPS_TEAM Evaluation break_ties(Team& team, const Transport& t, const TransportState& s, const AscentState& a,
                                    const double* alpha, const Evaluation& e, double* grad) {
@@ -289,11 +289,10 @@ GRADOPS_TEAM Evaluation break_ties(Team& team, const Transport& t, const Transpo
   scatter(
       team, t, s, 4 * s.list_work,
       [&](int64_t j, const auto& lanes, double* sum) {
-        const Evaluation& from = a.now.e.count[j] > t.max_nz ? a.now.e : e;
-        const int64_t at = j * t.capacity, count = from.count[j];
+        const int64_t at = j * t.capacity, count = a.now.e.count[j];
         int32_t* row = to.support + at;
         double* weight = to.weight + at;
-        lanes.each(count, [&](int64_t k) { row[k] = from.support[at + k], weight[k] = from.weight[at + k]; });
+        lanes.each(count, [&](int64_t k) { row[k] = a.now.e.support[at + k], weight[k] = a.now.e.weight[at + k]; });
         lanes.wait();
         lanes.once([&] {
           to.count[j] = int32_t(count);
@@ -383,10 +382,11 @@ GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState
   Evaluation e = a.trial.e;
   if (!evaluate(team, t, s, a.best, t.reg, e)) return give_up(team, t, s, TransportStatus::overflow);
   if (status != TransportStatus::converged) {
-    if (t.averaged)
+    e = break_ties(team, t, s, a, a.best, e, v.next);
+    if (e.residual <= s.mass * t.tol)
+      status = TransportStatus::converged;
+    else if (t.averaged)
       e = a.now.e, e.tau = a.trial.e.tau;
-    else
-      e = break_ties(team, t, s, a, a.best, e, v.next);
   }
   e.value = best;
   finish(team, t, s, a.best, e, {upper, upper < kInfinity ? (upper - best) / upper : kInfinity}, status);
