@@ -190,7 +190,7 @@ class CpuTeam {
   }
 
  private:
-  static constexpr int64_t kShare = 1 << 15;  // numbers that are worth a thread's while
+  static constexpr int64_t kShare = 1 << 14;  // numbers that are worth a thread's while
   // One compiled body, with or without threads: another copy of it might be vectorized into another order of sums.
   template <class F>
   [[gnu::noipa]] static void range(int64_t begin, int64_t end, void* f) {

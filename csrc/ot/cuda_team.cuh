@@ -139,6 +139,7 @@ class CudaTeam {
     if (threadIdx.x == 0) f();
     __syncthreads();
   }
+  static_assert(kWarps == 8);
   __device__ int64_t pieces(int64_t, int64_t) const { return kWarps; }
 
   // Lanes run over rows: a matrix is read in pieces of a few columns' width, which the warps of a block share, as they

@@ -148,11 +148,14 @@ GRADOPS_TEAM void scatter(Team& team, const Transport& t, const TransportState& 
     lanes.wait();
     for (int64_t j = p * m / pieces; j < (p + 1) * m / pieces; ++j) visit(j, lanes, sum);
   });
-  team.each(n, [&](int64_t i) {
-    double sum = s.scatter[i];
-    for (int64_t p = 1; p < pieces; ++p) sum += s.scatter[p * n + i];
-    out[i] = start(i, sum);
-  });
+  const double* of = s.scatter;
+  if (pieces == 1)
+    team.each(n, [&](int64_t i) { out[i] = start(i, of[i]); });
+  else
+    team.each(n, [&](int64_t i) {  // no loop, so that rows become vectors
+      const double* q = of + i;
+      out[i] = start(i, ((q[0] + q[n]) + (q[2 * n] + q[3 * n])) + ((q[4 * n] + q[5 * n]) + (q[6 * n] + q[7 * n])));
+    });
 }
 
 // False: a column has more candidates than there is room for.
@@ -163,7 +166,7 @@ GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, co
   const int64_t n = t.cost.n, m = t.cost.m;
   s.evaluations += 1;
   measure_rise(team, t, s, alpha);
-  const int64_t work = s.list_work;
+  const int64_t work = 64 + s.list_work;  // a column has its price, however short
   team.columns(m, work, [&](int64_t j, const auto& lanes) { project(lanes, t, s, alpha, reg, e, j); });
   const double stale = team.sum(m, [&](int64_t j) { return c.mark[j] == kListStale ? 1. : 0.; });
   const double longs = team.sum(m, [&](int64_t j) { return c.mark[j] == kListLong ? 1. : 0.; });
@@ -174,7 +177,7 @@ GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, co
     });
   }
   scatter(
-      team, t, s, 2 * work,
+      team, t, s, work,
       [&](int64_t j, const auto& lanes, double* sum) {
         fill(lanes, t, s, reg, e, j);
         lanes.wait();

@@ -7,7 +7,7 @@
 //   team.columns(count, work, f)     f(j, lanes): CPU a plain call; CUDA a warp per column, whose lanes all call f;
 //                                    work: about how many numbers one call touches, which decides about threads
 //   team.once(f)                     one thread, then everyone waits
-//   team.pieces(columns) -> int64_t  into how many pieces sums that scatter over rows are cut; by size only
+//   team.pieces(n, m) -> int64_t     into how many pieces sums that scatter over rows are cut, 1 or 8; by size only
 //   team.bounds(scan, scaled)        for every column: low becomes a lower bound of its threshold, -infinity if empty
 //   team.scan(scan)                  for columns with low < infinity: collects the candidates (ot/column_scan.h);
 //                                    count of the other columns becomes 0, their index is left alone
