@@ -76,7 +76,7 @@ GRADOPS_TEAM void smooth_fill(const Lanes& lanes, const Transport& t, const Tran
   const double top = lanes.largest(count, Values{weight});
   int64_t kept = 0;
   if (top > tau + theta) {
-    kept = keep_above(lanes, count, index, weight, tau + theta, row);
+    kept = keep_above(lanes, count, index, weight, tau + theta, row).count;
     lanes.wait();
     lanes.each(kept, [=](int64_t k) { weight[k] = w.entry(weight[k], theta); });
   } else if (count > 0) {  // lost in rounding: the largest takes it all

@@ -65,6 +65,11 @@ struct CudaLanes {  // one warp
     number = int64_t(warp_sum(many));
     return warp_sum(s);
   }
+  __device__ double load_above(int64_t count, const double* x, const int32_t* at, const double* less, double* to,
+                               double level, int64_t& number) const {
+    each(count, [=](int64_t k) { to[k] = x[at[k]] - less[k]; });
+    return above(count, Values{to}, level, number);  // a lane reads what it wrote
+  }
   __device__ double sum_at(int64_t count, const double* x, const int32_t* at) const {
     return sum(count, [=](int64_t k) { return x[at[k]]; });
   }

@@ -17,6 +17,7 @@
 //   lanes.span(count, f, least, most) -> double       the sum, the smallest and the largest of f(k); NaN may hide in
 //                                                     the last two
 //   lanes.above(count, x, level, number) -> double    sum of x(k) - level over x(k) > level; number: how many
+//   lanes.load_above(count, x, at, less, to, level, number)   to[k] = x[at[k]] - less[k], then above() of to
 //   lanes.sum_at(count, x, at) -> double              sum of x[at[k]]
 //   lanes.add_at(count, at, f, to)                    to[at[k]] += f(k); the at[k] differ
 //   lanes.keep(count, load, wanted, put) -> int64_t   put(v, place) of the wanted v = load(k), in order; how many. It
@@ -40,6 +41,11 @@ namespace {
 struct Values {  // an array as one of the functions above
   const double* first;
   GRADOPS_TEAM double operator()(int64_t k) const { return first[k]; }
+};
+
+struct Kept {  // numbers that were kept
+  int64_t count;
+  double sum, squares;  // of their squares
 };
 
 }  // namespace
