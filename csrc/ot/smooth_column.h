@@ -104,16 +104,19 @@ GRADOPS_TEAM double theta_at(const Lanes& lanes, int64_t count, const X& x, cons
   lanes.above(count, x, tau, positive);
   if (double(positive) <= w.k) return 0;
   double low = 1 / (largest - tau), high = kInfinity, inverse = low * w.steep();
-  ColumnSums s;
+  ColumnSums s{-1, -1, 0, 0};
+  bool exact = false;  // the last step leads to the root if it changes no entry's kind
   for (int turn = 0; turn < 200; ++turn) {
     const double theta = 1 / inverse, slope = w.part;
+    const int64_t active = s.active, full = s.full;
     s = column_sums(lanes, count, x, w, {tau, theta});
     const double excess = double(s.full) + s.shared * slope * inverse - w.k;
-    if (__builtin_fabs(excess) <= 1e-14 * w.k) break;
+    if (__builtin_fabs(excess) <= 1e-14 * w.k || (exact && s.active == active && s.full == full)) break;
     (excess > 0 ? high : low) = inverse;
     const double rise = (s.shared + double(s.active - s.full) * theta) * slope;
     double next = inverse - excess / rise;
-    if (!(next > low && next < high)) next = high < kInfinity ? .5 * (low + high) : 2 * inverse;
+    exact = next > low && next < high;
+    if (!exact) next = high < kInfinity ? .5 * (low + high) : 2 * inverse;
     if (next == inverse) break;
     inverse = next;
   }
