@@ -299,7 +299,7 @@ GRADOPS_TEAM Evaluation break_ties(Team& team, const Transport& t, const Transpo
           if (count <= t.max_nz) return;
           keep_largest(weight, row, count, t.max_nz);
           for (int64_t k = 0; k < t.max_nz; ++k) weight[k] = alpha[row[k]] - (cost_at(t.cost, row[k], j) - s.shift);
-          to.count[j] = int32_t(project_column(weight, row, t.max_nz, t.max_nz, t.reg, t.b[j]).kept);
+          to.count[j] = int32_t(project_candidates(weight, row, t.max_nz, t.max_nz, t.reg, t.b[j]).kept);
         });
         lanes.wait();
         lanes.add_at(to.count[j], row, [&](int64_t k) { return weight[k]; }, sum);

@@ -64,6 +64,12 @@ GRADOPS_TEAM double threshold(const Lanes& lanes, int64_t count, const X& x, dou
   return threshold_from(lanes, count, x, scaled, guess, excess, number);
 }
 
+// A function of its own: ptxas compiles it once.
+GRADOPS_TEAM ProjectedColumn project_candidates(double* x, int32_t* row, int64_t count, int64_t max_nz, double reg,
+                                                double mass) {
+  return project_column(x, row, count, max_nz, reg, mass);
+}
+
 // With max_nz: as project.
 template <class Lanes>
 GRADOPS_TEAM void project_few(const Lanes& lanes, const Transport& t, const TransportState& s, const double* alpha,
@@ -89,7 +95,7 @@ GRADOPS_TEAM void project_few(const Lanes& lanes, const Transport& t, const Tran
       [=](Entry v, int64_t place) { row[place] = v.row, x[place] = v.x; });
   lanes.wait();
   lanes.once([&] {
-    const ProjectedColumn p = project_column(x, row, most, t.max_nz, reg, t.b[j]);
+    const ProjectedColumn p = project_candidates(x, row, most, t.max_nz, reg, t.b[j]);
     e.count[j] = int32_t(p.kept), e.tau[j] = p.tau, *smallest = p.smallest;
     c.guess[j] = p.tau > p.smallest ? p.tau : p.smallest;
     c.mark[j] = bound > p.tau && bound >= p.smallest ? kListStale : list_length(count, p.kept);
