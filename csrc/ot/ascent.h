@@ -9,7 +9,8 @@
 //      solution of the convex relaxation, whose value bounds the dual from above.
 //   3. The alpha with the largest true dual value seen at a stage's end is kept, with its plan of max_nz largest
 //      ("sparse"). Where that plan meets the rows there is no gap: converged. max_nz = 1 on an assignment problem ends
-//      so: its relaxation is the assignment linear program, solved exactly from some mu > 0 on.
+//      so: its relaxation is the assignment linear program, solved exactly from some mu > 0 on. Elsewhere the averaged
+//      plan says which of a column's tied entries the sparse one takes.
 #pragma once
 #include "ot/path_newton.h"
 #include "ot/smooth_column.h"
@@ -75,7 +76,7 @@ GRADOPS_TEAM void smooth_fill(const Lanes& lanes, const Transport& t, const Tran
   const double top = lanes.largest(count, Values{weight});
   int64_t kept = 0;
   if (top > tau + theta) {
-    kept = keep_above(lanes, count, index, weight, tau + theta, row);
+    kept = keep_above(lanes, count, index, weight, tau + theta, row).count;
     lanes.wait();
     lanes.each(kept, [=](int64_t k) { weight[k] = w.entry(weight[k], theta); });
   } else if (count > 0) {  // lost in rounding: the largest takes it all
@@ -277,6 +278,38 @@ GRADOPS_TEAM double largest_cost(Team& team, const Transport& t, const Transport
   return team.sum(n, [&](int64_t i) { return masked[i]; }) > 0 ? kInfinity : s.spread;
 }
 
+// e, the plan of the largest entries at alpha, or if it is nearer to the rows the averaged plan without what is too
+// much: where entries tie, which of them are taken is open, and those with the largest weights in the averaged plan do
+// less harm than those that rounding would choose.
+template <class Team>
+GRADOPS_TEAM Evaluation break_ties(Team& team, const Transport& t, const TransportState& s, const AscentState& a,
+                                   const double* alpha, const Evaluation& e, double* grad) {
+  Evaluation to = e;
+  to.support = a.center.support, to.weight = a.center.weight, to.count = a.center.count, to.grad = grad;
+  scatter(
+      team, t, s, 4 * s.list_work,
+      [&](int64_t j, const auto& lanes, double* sum) {
+        const int64_t at = j * t.capacity, count = a.now.e.count[j];
+        int32_t* row = to.support + at;
+        double* weight = to.weight + at;
+        lanes.each(count, [&](int64_t k) { row[k] = a.now.e.support[at + k], weight[k] = a.now.e.weight[at + k]; });
+        lanes.wait();
+        lanes.once([&] {
+          to.count[j] = int32_t(count);
+          if (count <= t.max_nz) return;
+          keep_largest(weight, row, count, t.max_nz);
+          for (int64_t k = 0; k < t.max_nz; ++k) weight[k] = alpha[row[k]] - (cost_at(t.cost, row[k], j) - s.shift);
+          to.count[j] = int32_t(project_candidates(weight, row, t.max_nz, t.max_nz, t.reg, t.b[j]).kept);
+        });
+        lanes.wait();
+        lanes.add_at(to.count[j], row, [&](int64_t k) { return weight[k]; }, sum);
+        lanes.wait();
+      },
+      [&](int64_t i, double sum) { return t.a[i] - sum; }, grad);
+  to.residual = team.sum(t.cost.n, [&](int64_t i) { return __builtin_fabs(grad[i]); });
+  return to.residual < e.residual ? to : e;
+}
+
 template <class Team>
 GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState& a) {
   const int64_t n = t.cost.n, m = t.cost.m;
@@ -348,9 +381,12 @@ GRADOPS_TEAM void ascent(Team& team, Transport t, TransportState& s, AscentState
   const double ties = team.sum(m, [&](int64_t j) { return double(a.now.e.count[j] > t.max_nz); });
   Evaluation e = a.trial.e;
   if (!evaluate(team, t, s, a.best, t.reg, e)) return give_up(team, t, s, TransportStatus::overflow);
-  if (t.averaged && status != TransportStatus::converged) {
-    e = a.now.e;
-    e.tau = a.trial.e.tau;
+  if (status != TransportStatus::converged) {
+    e = break_ties(team, t, s, a, a.best, e, v.next);
+    if (e.residual <= s.mass * t.tol)
+      status = TransportStatus::converged;
+    else if (t.averaged)
+      e = a.now.e, e.tau = a.trial.e.tau;
   }
   e.value = best;
   finish(team, t, s, a.best, e, {upper, upper < kInfinity ? (upper - best) / upper : kInfinity}, status);

@@ -89,6 +89,35 @@ struct CpuLanes {  // one lane
     return _mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1]));
   }
 #endif
+  // to[k] = x[at[k]] - less[k]; returns what above(count, Values{to}, level, number) does.
+  double load_above(int64_t count, const double* x, const int32_t* at, const double* less, double* to, double level,
+                    int64_t& number) const {
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+    const __m512d floor = _mm512_set1_pd(level), zero = _mm512_setzero_pd();
+    __m512d s = zero;
+    int64_t c = 0, k = 0;
+    const auto add = [&](__m512d from, __mmask8 there) {
+      const __m512d v = _mm512_sub_pd(from, _mm512_maskz_loadu_pd(there, less + k)), rest = _mm512_sub_pd(v, floor);
+      _mm512_mask_storeu_pd(to + k, there, v);
+      const __mmask8 wanted = _mm512_mask_cmp_pd_mask(there, rest, zero, _CMP_GT_OQ);
+      s = _mm512_mask_add_pd(s, wanted, s, rest);
+      c += __builtin_popcount(wanted);
+    };
+    for (; k + 8 <= count; k += 8) {  // faster than a gather
+      const int32_t* i = at + k;
+      add(_mm512_setr_pd(x[i[0]], x[i[1]], x[i[2]], x[i[3]], x[i[4]], x[i[5]], x[i[6]], x[i[7]]), 0xff);
+    }
+    if (k < count) {
+      const __mmask8 there = __mmask8((1 << (count - k)) - 1);
+      add(_mm512_mask_i32gather_pd(zero, there, _mm256_maskz_loadu_epi32(there, at + k), x, 8), there);
+    }
+    number = c;
+    return _mm512_reduce_add_pd(s);
+#else
+    each(count, [=](int64_t k) { to[k] = x[at[k]] - less[k]; });
+    return above(count, Values{to}, level, number);
+#endif
+  }
   double sum_at(int64_t count, const double* x, const int32_t* at) const {
     double s[4] = {};
     int64_t k = 0;
@@ -120,14 +149,17 @@ struct CpuLanes {  // one lane
 
 #if defined(__AVX512F__) && defined(__AVX512VL__)
 // ot/evaluate.h has it for any lanes; this one packs eight entries at a time.
-inline int64_t keep_above(const CpuLanes&, int64_t count, const int32_t* index, double* x, double level, int32_t* row) {
+inline Kept keep_above(const CpuLanes&, int64_t count, const int32_t* index, double* x, double level, int32_t* row) {
   const __m512d floor = _mm512_set1_pd(level);
+  __m512d sums = _mm512_setzero_pd(), products = sums;
   int64_t place = 0, k = 0;
   for (; k + 8 <= count; k += 8) {  // whole vectors are stored: what is behind the wanted ones is read already
     const __m512d v = _mm512_sub_pd(_mm512_loadu_pd(x + k), floor);
     const __mmask8 wanted = _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_GT_OQ);
     const __m256i rows = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + k));
-    _mm512_storeu_pd(x + place, _mm512_maskz_compress_pd(wanted, v));
+    const __m512d kept = _mm512_maskz_compress_pd(wanted, v);
+    sums = _mm512_add_pd(sums, kept), products = _mm512_fmadd_pd(kept, kept, products);
+    _mm512_storeu_pd(x + place, kept);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + place), _mm256_maskz_compress_epi32(wanted, rows));
     place += __builtin_popcount(wanted);
   }
@@ -137,12 +169,14 @@ inline int64_t keep_above(const CpuLanes&, int64_t count, const int32_t* index, 
     const __mmask8 wanted = _mm512_mask_cmp_pd_mask(there, v, _mm512_setzero_pd(), _CMP_GT_OQ);
     const int number = __builtin_popcount(wanted);
     const __mmask8 to = __mmask8((1 << number) - 1);
-    _mm512_mask_storeu_pd(x + place, to, _mm512_maskz_compress_pd(wanted, v));
+    const __m512d kept = _mm512_maskz_compress_pd(wanted, v);
+    sums = _mm512_add_pd(sums, kept), products = _mm512_fmadd_pd(kept, kept, products);
+    _mm512_mask_storeu_pd(x + place, to, kept);
     _mm256_mask_storeu_epi32(row + place, to,
                              _mm256_maskz_compress_epi32(wanted, _mm256_maskz_loadu_epi32(there, index + k)));
     place += number;
   }
-  return place;
+  return {place, _mm512_reduce_add_pd(sums), _mm512_reduce_add_pd(products)};
 }
 #endif
 
@@ -190,7 +224,7 @@ class CpuTeam {
   }
 
  private:
-  static constexpr int64_t kShare = 1 << 15;  // numbers that are worth a thread's while
+  static constexpr int64_t kShare = 1 << 14;  // numbers that are worth a thread's while
   // One compiled body, with or without threads: another copy of it might be vectorized into another order of sums.
   template <class F>
   [[gnu::noipa]] static void range(int64_t begin, int64_t end, void* f) {

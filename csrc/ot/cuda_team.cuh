@@ -65,6 +65,11 @@ struct CudaLanes {  // one warp
     number = int64_t(warp_sum(many));
     return warp_sum(s);
   }
+  __device__ double load_above(int64_t count, const double* x, const int32_t* at, const double* less, double* to,
+                               double level, int64_t& number) const {
+    each(count, [=](int64_t k) { to[k] = x[at[k]] - less[k]; });
+    return above(count, Values{to}, level, number);  // a lane reads what it wrote
+  }
   __device__ double sum_at(int64_t count, const double* x, const int32_t* at) const {
     return sum(count, [=](int64_t k) { return x[at[k]]; });
   }
@@ -139,6 +144,7 @@ class CudaTeam {
     if (threadIdx.x == 0) f();
     __syncthreads();
   }
+  static_assert(kWarps == 8);
   __device__ int64_t pieces(int64_t, int64_t) const { return kWarps; }
 
   // Lanes run over rows: a matrix is read in pieces of a few columns' width, which the warps of a block share, as they

@@ -25,21 +25,23 @@ GRADOPS_TEAM int64_t place_of(const int32_t* rows, int64_t count, int64_t row) {
   return low < count && rows[low] == row ? low : -1;
 }
 
-// Moves the x(k) > level, less level, to the front of x and their rows to `row`, in order; how many.
+// Moves the x(k) > level, less level, to the front of x and their rows to `row`, in order.
 template <class Lanes>
-GRADOPS_TEAM int64_t keep_above(const Lanes& lanes, int64_t count, const int32_t* index, double* x, double level,
-                                int32_t* row) {
-  return lanes.keep(
+GRADOPS_TEAM Kept keep_above(const Lanes& lanes, int64_t count, const int32_t* index, double* x, double level,
+                             int32_t* row) {
+  const int64_t kept = lanes.keep(
       count, [=](int64_t k) { return Entry{index[k], x[k] - level}; }, [](Entry v) { return v.x > 0; },
       [=](Entry v, int64_t place) { row[place] = v.row, x[place] = v.x; });
+  lanes.wait();
+  return {kept, lanes.sum(kept, Values{x}), lanes.sum(kept, [=](int64_t k) { return x[k] * x[k]; })};
 }
 
 // tau with sum_k (x(k) - tau)_+ = scaled, by Newton on a convex piecewise linear function: after one step it only
-// rises, and it ends on the exact set. number: how many are above.
+// rises, and it ends on the exact set. From a guess, and excess and number, what above() says of it; number becomes how
+// many are above.
 template <class Lanes, class X>
-GRADOPS_TEAM double threshold(const Lanes& lanes, int64_t count, const X& x, double scaled, double guess,
-                              int64_t& number) {
-  double tau = guess, excess = lanes.above(count, x, tau, number);
+GRADOPS_TEAM double threshold_from(const Lanes& lanes, int64_t count, const X& x, double scaled, double tau,
+                                   double excess, int64_t& number) {
   if (number == 0 || !(excess < kInfinity)) {  // a bad guess, or none: one entry alone would take all the mass
     tau = lanes.largest(count, x) - scaled;
     excess = lanes.above(count, x, tau, number);
@@ -55,6 +57,50 @@ GRADOPS_TEAM double threshold(const Lanes& lanes, int64_t count, const X& x, dou
   }
   return tau;
 }
+template <class Lanes, class X>
+GRADOPS_TEAM double threshold(const Lanes& lanes, int64_t count, const X& x, double scaled, double guess,
+                              int64_t& number) {
+  const double excess = lanes.above(count, x, guess, number);
+  return threshold_from(lanes, count, x, scaled, guess, excess, number);
+}
+
+// A function of its own: ptxas compiles it once.
+GRADOPS_TEAM ProjectedColumn project_candidates(double* x, int32_t* row, int64_t count, int64_t max_nz, double reg,
+                                                double mass) {
+  return project_column(x, row, count, max_nz, reg, mass);
+}
+
+// With max_nz: as project.
+template <class Lanes>
+GRADOPS_TEAM void project_few(const Lanes& lanes, const Transport& t, const TransportState& s, const double* alpha,
+                              double reg, const Evaluation& e, double bound, int64_t j) {
+  const Candidates& c = s.lists;
+  const int64_t at = j * t.capacity, count = c.count[j];
+  const int32_t* index = c.index + at;
+  double *x = e.weight + at, *smallest = s.columns[0] + j;
+  int32_t* row = e.support + at;
+  // A level that at least max_nz entries are above: their largest are among those.
+  double level = c.guess[j];
+  int64_t number;
+  lanes.load_above(count, alpha, index, c.cost + at, x, level, number);
+  lanes.wait();
+  const double height = lanes.largest(count, Values{x}) - level;
+  for (double drop = .125; drop < 9 && number < t.max_nz && height > 0; drop *= 4) {
+    level = c.guess[j] - drop * height;
+    lanes.above(count, Values{x}, level, number);
+  }
+  const bool few = number >= t.max_nz;
+  const int64_t most = lanes.keep(
+      count, [=](int64_t k) { return Entry{index[k], x[k]}; }, [=](Entry v) { return !few || v.x > level; },
+      [=](Entry v, int64_t place) { row[place] = v.row, x[place] = v.x; });
+  lanes.wait();
+  lanes.once([&] {
+    const ProjectedColumn p = project_candidates(x, row, most, t.max_nz, reg, t.b[j]);
+    e.count[j] = int32_t(p.kept), e.tau[j] = p.tau, *smallest = p.smallest;
+    c.guess[j] = p.tau > p.smallest ? p.tau : p.smallest;
+    c.mark[j] = bound > p.tau && bound >= p.smallest ? kListStale : list_length(count, p.kept);
+  });
+}
 
 // Threshold and size of column j's support, and whether its list still holds all that matters. Leaves the candidates'
 // alpha_i - c_ij in the column's weights, for fill.
@@ -67,39 +113,13 @@ GRADOPS_TEAM void project(const Lanes& lanes, const Transport& t, const Transpor
     lanes.once([&] { e.tau[j] = 0, e.count[j] = 0, c.mark[j] = kListGood; });
     return;
   }
-  const int32_t* index = c.index + at;
-  const double *cost = c.cost + at, bound = c.low[j] + c.rise[c.epoch[j] % kEpochs];  // of what is in no list
+  const double bound = c.low[j] + c.rise[c.epoch[j] % kEpochs];  // of what is in no list
+  if (t.max_nz > 0) return project_few(lanes, t, s, alpha, reg, e, bound, j);
   double* x = e.weight + at;
-  lanes.each(count, [=](int64_t k) { x[k] = alpha[index[k]] - cost[k]; });
-  if (t.max_nz > 0) {
-    int32_t* row = e.support + at;
-    double* smallest = s.columns[0] + j;
-    lanes.wait();
-    // A level that at least max_nz entries are above: their largest are among those.
-    const double height = lanes.largest(count, Values{x}) - c.guess[j];
-    double level = c.guess[j];
-    int64_t number;
-    lanes.above(count, Values{x}, level, number);
-    for (double drop = .125; drop < 9 && number < t.max_nz && height > 0; drop *= 4) {
-      level = c.guess[j] - drop * height;
-      lanes.above(count, Values{x}, level, number);
-    }
-    const bool few = number >= t.max_nz;
-    const int64_t most = lanes.keep(
-        count, [=](int64_t k) { return Entry{index[k], x[k]}; }, [=](Entry v) { return !few || v.x > level; },
-        [=](Entry v, int64_t place) { row[place] = v.row, x[place] = v.x; });
-    lanes.wait();
-    lanes.once([&] {
-      const ProjectedColumn p = project_column(x, row, most, t.max_nz, reg, t.b[j]);
-      e.count[j] = int32_t(p.kept), e.tau[j] = p.tau, *smallest = p.smallest;
-      c.guess[j] = p.tau > p.smallest ? p.tau : p.smallest;
-      c.mark[j] = bound > p.tau && bound >= p.smallest ? kListStale : list_length(count, p.kept);
-    });
-    return;
-  }
-  lanes.wait();
   int64_t number;
-  const double tau = threshold(lanes, count, Values{x}, reg * t.b[j], c.guess[j], number);
+  const double excess = lanes.load_above(count, alpha, c.index + at, c.cost + at, x, c.guess[j], number);
+  lanes.wait();
+  const double tau = threshold_from(lanes, count, Values{x}, reg * t.b[j], c.guess[j], excess, number);
   lanes.once([&] {
     e.tau[j] = c.guess[j] = tau, e.count[j] = int32_t(number);
     c.mark[j] = bound > tau ? kListStale : list_length(count, number);
@@ -115,25 +135,27 @@ GRADOPS_TEAM void fill(const Lanes& lanes, const Transport& t, const TransportSt
   double* weight = e.weight + at;
   int32_t* row = e.support + at;
   if (!(t.b[j] > 0)) return;
-  int64_t kept = e.count[j];
-  if (t.max_nz == 0) {
-    const double tau = e.tau[j];
-    const auto load = [=](int64_t k) { return Entry{index[k], weight[k] - tau}; };
-    const auto put = [=](Entry v, int64_t place) { row[place] = v.row, weight[place] = v.x; };
-    if (kept > 0) {
-      keep_above(lanes, count, index, weight, tau, row);
-    } else if (count > 0) {  // reg * b_j is lost beside the costs: the largest takes it all
-      const double top = lanes.largest(count, [&](int64_t k) { return load(k).x; });
-      kept = lanes.keep(count, load, [=](Entry v) { return v.x == top; }, put);
+  Kept kept{e.count[j], 0, 0};
+  if (t.max_nz == 0 && kept.count > 0) {
+    kept = keep_above(lanes, count, index, weight, e.tau[j], row);
+  } else {
+    if (t.max_nz == 0 && count > 0) {  // reg * b_j is lost beside the costs: the largest takes it all
+      const double top = lanes.largest(count, Values{weight});
+      kept.count = lanes.keep(
+          count, [=](int64_t k) { return Entry{index[k], weight[k]}; }, [=](Entry v) { return v.x == top; },
+          [=](Entry v, int64_t place) { row[place] = v.row, weight[place] = 1; });
       lanes.wait();
-      lanes.each(kept, [=](int64_t k) { weight[k] = 1; });
     }
-    lanes.wait();
+    kept.sum = lanes.sum(kept.count, Values{weight});
+    kept.squares = lanes.sum(kept.count, [=](int64_t k) { return weight[k] * weight[k]; });
   }
-  const double scale = t.b[j] / lanes.sum(kept, [=](int64_t k) { return weight[k]; });
-  lanes.each(kept, [=](int64_t k) { weight[k] *= scale; });
-  const double squares = lanes.sum(kept, [=](int64_t k) { return weight[k] * weight[k]; });
-  lanes.once([&] { e.count[j] = int32_t(kept), s.columns[1][j] = e.tau[j] * t.b[j] + .5 * reg * squares; });
+  lanes.wait();
+  const double scale = t.b[j] / kept.sum;
+  lanes.each(kept.count, [=](int64_t k) { weight[k] *= scale; });
+  lanes.once([&] {
+    e.count[j] = int32_t(kept.count);
+    s.columns[1][j] = e.tau[j] * t.b[j] + .5 * reg * scale * scale * kept.squares;
+  });
 }
 
 // out_i = start(i, what visit(j, lanes, sum) added to sum[i] over all columns j): columns in fixed pieces, each with
@@ -148,11 +170,14 @@ GRADOPS_TEAM void scatter(Team& team, const Transport& t, const TransportState& 
     lanes.wait();
     for (int64_t j = p * m / pieces; j < (p + 1) * m / pieces; ++j) visit(j, lanes, sum);
   });
-  team.each(n, [&](int64_t i) {
-    double sum = s.scatter[i];
-    for (int64_t p = 1; p < pieces; ++p) sum += s.scatter[p * n + i];
-    out[i] = start(i, sum);
-  });
+  const double* of = s.scatter;
+  if (pieces == 1)
+    team.each(n, [&](int64_t i) { out[i] = start(i, of[i]); });
+  else
+    team.each(n, [&](int64_t i) {  // no loop, so that rows become vectors
+      const double* q = of + i;
+      out[i] = start(i, ((q[0] + q[n]) + (q[2 * n] + q[3 * n])) + ((q[4 * n] + q[5 * n]) + (q[6 * n] + q[7 * n])));
+    });
 }
 
 // False: a column has more candidates than there is room for.
@@ -163,7 +188,7 @@ GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, co
   const int64_t n = t.cost.n, m = t.cost.m;
   s.evaluations += 1;
   measure_rise(team, t, s, alpha);
-  const int64_t work = s.list_work;
+  const int64_t work = 64 + s.list_work;  // a column has its price, however short
   team.columns(m, work, [&](int64_t j, const auto& lanes) { project(lanes, t, s, alpha, reg, e, j); });
   const double stale = team.sum(m, [&](int64_t j) { return c.mark[j] == kListStale ? 1. : 0.; });
   const double longs = team.sum(m, [&](int64_t j) { return c.mark[j] == kListLong ? 1. : 0.; });
@@ -174,7 +199,7 @@ GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, co
     });
   }
   scatter(
-      team, t, s, 2 * work,
+      team, t, s, work,
       [&](int64_t j, const auto& lanes, double* sum) {
         fill(lanes, t, s, reg, e, j);
         lanes.wait();

@@ -51,8 +51,8 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
       if (!evaluate(team, t, s, v.next, reg, s.trial)) return NewtonEnd::overflow;
       gain = team.sum(n, [&](int64_t i) { return e.grad[i] * v.step[i]; });
       change = team.sum(n, [&](int64_t i) { return s.trial.grad[i] * v.step[i]; });
-      // D is concave: D(next) - D >= change, which rounding of D cannot hide.
-      const double rise = s.trial.value - e.value, size = __builtin_fabs(e.value);
+      // D is concave: D(next) - D >= change, which rounding of D, a sum of larger numbers, cannot hide.
+      const double rise = s.trial.value - e.value, size = __builtin_fabs(e.value) + s.mass * s.spread;
       ascends = change >= 0 || rise >= 1e-4 * gain + 1e-15 * size ||
                 (__builtin_fabs(change) <= .5 * gain && __builtin_fabs(rise) <= 1e-14 * size);
       if (ascends) break;

@@ -81,6 +81,20 @@ struct LevelSlopes {
   }
 };
 
+// Where exactly k entries are full, theta may be anything from the next one's u, or 0, to steep() times less than the
+// least of theirs. At an end of that, where Newton lands, rounding would decide whether one entry more shares, and so
+// about slopes that there are not: theta becomes one number within.
+template <class Lanes, class X>
+GRADOPS_TEAM double settled(const Lanes& lanes, int64_t count, const X& x, const Smoothing& w, const ColumnSums& s,
+                            ColumnLevels l) {
+  if (double(s.active) != w.k && double(s.full) != w.k) return l.theta;
+  const double level = l.tau + (double(s.active) == w.k ? l.theta : l.theta * w.steep());  // k entries are above
+  const double next = lanes.largest(count, [&](int64_t k) { return x(k) > level ? -kInfinity : x(k); });
+  const double least = -lanes.largest(count, [&](int64_t k) { return x(k) > level ? -x(k) : -kInfinity; });
+  const double low = next > l.tau ? next - l.tau : 0, high = (least - l.tau) / w.steep();
+  return low + 63. / 64 * (high - low);
+}
+
 // theta for a given tau, by Newton within brackets on 1 / theta, in which the cardinality is piecewise linear and
 // rises.
 template <class Lanes, class X>
@@ -90,19 +104,23 @@ GRADOPS_TEAM double theta_at(const Lanes& lanes, int64_t count, const X& x, cons
   lanes.above(count, x, tau, positive);
   if (double(positive) <= w.k) return 0;
   double low = 1 / (largest - tau), high = kInfinity, inverse = low * w.steep();
+  ColumnSums s{-1, -1, 0, 0};
+  bool exact = false;  // the last step leads to the root if it changes no entry's kind
   for (int turn = 0; turn < 200; ++turn) {
     const double theta = 1 / inverse, slope = w.part;
-    const ColumnSums s = column_sums(lanes, count, x, w, {tau, theta});
+    const int64_t active = s.active, full = s.full;
+    s = column_sums(lanes, count, x, w, {tau, theta});
     const double excess = double(s.full) + s.shared * slope * inverse - w.k;
-    if (__builtin_fabs(excess) <= 1e-14 * w.k) break;
+    if (__builtin_fabs(excess) <= 1e-14 * w.k || (exact && s.active == active && s.full == full)) break;
     (excess > 0 ? high : low) = inverse;
     const double rise = (s.shared + double(s.active - s.full) * theta) * slope;
     double next = inverse - excess / rise;
-    if (!(next > low && next < high)) next = high < kInfinity ? .5 * (low + high) : 2 * inverse;
+    exact = next > low && next < high;
+    if (!exact) next = high < kInfinity ? .5 * (low + high) : 2 * inverse;
     if (next == inverse) break;
     inverse = next;
   }
-  return 1 / inverse;
+  return settled(lanes, count, x, w, s, {tau, 1 / inverse});
 }
 
 // (tau, theta) of a column of mass b. First Newton on both, which ends exactly on the right kinds of entries, mostly
@@ -114,7 +132,7 @@ GRADOPS_TEAM ColumnLevels column_levels(const Lanes& lanes, int64_t count, const
   int64_t active = -1, full = -1;
   for (int turn = 0; turn < 12 && l.theta > 0; ++turn) {
     const ColumnSums s = column_sums(lanes, count, x, w, l);
-    if (s.active == active && s.full == full) return l;
+    if (s.active == active && s.full == full) return {l.tau, settled(lanes, count, x, w, s, l)};
     active = s.active, full = s.full;
     if (active == 0 || double(full) > w.k || (active == full && double(full) < w.k)) break;
     double x_step, y_step;

@@ -41,10 +41,10 @@ void solve_item(const SolveTask& task, int64_t i, bool threads) {
   const int64_t n = t.cost.n, m = t.cost.m, stride = task.first.cost.m, size = element_size(t.cost.element);
   clear_rest(task, t);
   const int64_t copied = t.cost.matrix && m < stride ? n * m * size : 0;  // the solver knows no strides
-  const int64_t room = m > 0 ? kCandidates / m : 0;
-  t.capacity = n * m <= kCandidates ? n : room > 256 ? room : 256;
-  for (;; t.capacity *= 4) {
-    t.capacity = t.capacity < n ? t.capacity : n;
+  int64_t room = m > 0 ? kCandidates / m : 0;
+  for (room = room > 256 ? room : 256;; room *= 4) {
+    t.capacity = ((room < n ? room : n) + 7) / 8;
+    t.capacity = (t.capacity | 1) * 8;  // powers of two would put all columns into the same few sets of a cache
     SolveState s;
     Carve measure(nullptr);
     plan_solve(measure, t, cpu_pieces(n, m), s);

@@ -7,7 +7,7 @@
 //   team.columns(count, work, f)     f(j, lanes): CPU a plain call; CUDA a warp per column, whose lanes all call f;
 //                                    work: about how many numbers one call touches, which decides about threads
 //   team.once(f)                     one thread, then everyone waits
-//   team.pieces(columns) -> int64_t  into how many pieces sums that scatter over rows are cut; by size only
+//   team.pieces(n, m) -> int64_t     into how many pieces sums that scatter over rows are cut, 1 or 8; by size only
 //   team.bounds(scan, scaled)        for every column: low becomes a lower bound of its threshold, -infinity if empty
 //   team.scan(scan)                  for columns with low < infinity: collects the candidates (ot/column_scan.h);
 //                                    count of the other columns becomes 0, their index is left alone
@@ -17,6 +17,7 @@
 //   lanes.span(count, f, least, most) -> double       the sum, the smallest and the largest of f(k); NaN may hide in
 //                                                     the last two
 //   lanes.above(count, x, level, number) -> double    sum of x(k) - level over x(k) > level; number: how many
+//   lanes.load_above(count, x, at, less, to, level, number)   to[k] = x[at[k]] - less[k], then above() of to
 //   lanes.sum_at(count, x, at) -> double              sum of x[at[k]]
 //   lanes.add_at(count, at, f, to)                    to[at[k]] += f(k); the at[k] differ
 //   lanes.keep(count, load, wanted, put) -> int64_t   put(v, place) of the wanted v = load(k), in order; how many. It
@@ -40,6 +41,11 @@ namespace {
 struct Values {  // an array as one of the functions above
   const double* first;
   GRADOPS_TEAM double operator()(int64_t k) const { return first[k]; }
+};
+
+struct Kept {  // numbers that were kept
+  int64_t count;
+  double sum, squares;  // of their squares
 };
 
 }  // namespace

@@ -42,7 +42,7 @@ struct Transport {               // one problem
   int64_t max_nz;  // 0: as many as the solution has
   bool averaged;   // for max_nz > 0: the plan of the relaxation, which meets the rows, may have more entries
   double tol, gap_tol;
-  int64_t max_iter, capacity;  // evaluations; candidates per column, at most n
+  int64_t max_iter, capacity;  // evaluations; candidates a column has room for
   double *alpha, *beta;        // out: n, m
   int64_t* index;              // out: m x width, rows of the plan's entries, ascending; 0 where unused
   double* weight;              // out: m x width; 0 where unused. Columns sum to b if report->widest <= width

@@ -58,11 +58,12 @@ def solve(
     quadratic term on the conjugate, half the squared k-support norm, around the last plan (the proximal point method)
     and maximised by Newton steps, again and again. Its maximum is that of the convex relaxation: below the natural
     support (the widest column of the quadratic plan) the plan with ``max_nz`` entries per column in general misses the
-    rows, by ``marginal_err``, however long one solves, and the status is ``"stagnated"``. ``value`` is then the
-    relaxation's at a feasible plan: no potentials of any method have a dual value above it, so ``gap`` says how far the
-    dual is from its maximum; not how far the plan is from the best sparse one. ``"converged"`` means that the rows
-    hold: from the natural support on, where the answer is the quadratic one, and for ``max_nz=1`` on assignment
-    problems, where the relaxation is exact.
+    rows, by ``marginal_err``, however long one solves, and the status is ``"stagnated"``. Of a column's tied entries it
+    takes those with the largest weights in the relaxation's plan. ``value`` is then the relaxation's at a feasible
+    plan: no potentials of any method have a dual value above it, so ``gap`` says how far the dual is from its maximum;
+    not how far the plan is from the best sparse one. ``"converged"`` means that the rows hold: from the natural support
+    on, where the answer is the quadratic one, and wherever the relaxation is exact, as for ``max_nz=1`` on assignment
+    problems.
 
     Costs may have any scale and any offset: every test is free of both. All arithmetic that decides is float64,
     whatever the costs' dtype; costs themselves are taken as they are, exactly.
