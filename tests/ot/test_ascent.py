@@ -144,18 +144,18 @@ def test_batch_is_the_loop_and_threads_change_nothing():
 
 
 def test_rounding_decides_nothing_on_the_way():
-    """Changes of the costs in the last place change every iterate as little."""
-    M, a, b = costs(6, 5, seed=1), weights(6, 2), weights(5, 3)
-
-    def alpha(M, most):
-        return solve(M, a, b, reg=0.3, max_nz=2, max_iter=most).potentials.alpha
-
-    g = torch.Generator().manual_seed(0)
-    for most in range(12, 28, 3):
-        exact = alpha(M, most)
-        for _ in range(6):
-            near = M * (1 + 1e-15 * torch.randn(M.shape, dtype=torch.float64, generator=g))
-            torch.testing.assert_close(alpha(near, most), exact, rtol=0, atol=1e-10)
+    """Changes of the costs in the last place change every iterate as little. Of this problem one column comes to have
+    exactly max_nz full entries, which leave theta open: at an end of what it may be, one in a hundred changes took
+    another way, 7e-4 apart."""
+    g = torch.Generator().manual_seed(1)
+    M = torch.rand(6, 5, dtype=torch.float64, generator=g)
+    a, b = (torch.rand(s, dtype=torch.float64, generator=g) + 0.2 for s in (6, 5))
+    a, b = a / a.sum(), b / b.sum()
+    near = M * (1 + 1e-15 * torch.randn(400, *M.shape, dtype=torch.float64, generator=g))
+    near[0] = M
+    for most in (12, 16, 19, 22):
+        alpha = solve(near, a, b, reg=0.3, max_nz=2, max_iter=most).potentials.alpha
+        torch.testing.assert_close(alpha, alpha[:1].expand_as(alpha), rtol=0, atol=1e-10)
 
 
 def test_iteration_limit_says_so():
