@@ -1,8 +1,8 @@
 // Newton-Schulz with products of bf16 where vectors multiply them, not tiles.
 //
-// Y = X^T (X itself if it is tall or square) has l rows and s columns, both padded to whole 32s. It is iterated in
-// float: only the copies that feed the products are rounded. These copies are "pairs": panels of 32 columns, where row
-// k of a panel has the dwords (M[2k][j], M[2k+1][j]). vdpbf16ps multiplies one dword by 16 of them, and
+// Y = X^T (X itself if it is tall or square) has l rows and s columns, both padded to whole 32s. It is kept in float
+// and, rounded, in "pairs": panels of 32 columns, where row k of a panel has the dwords (M[2k][j], M[2k+1][j]).
+// vdpbf16ps multiplies one dword by 16 of them, and
 //   A = Y^T Y,   A A  (A is symmetric)
 // have both operands in this form, so nothing is transposed but the upper half of the two results, which is mirrored
 // from the lower one in squares of 16. Only
@@ -123,19 +123,8 @@ GRADOPS_INLINE inline void tile(const char* left, long group_step, const char* r
       __m512bh x[C];
 #pragma GCC unroll 2
       for (int c = 0; c < C; ++c) x[c] = (__m512bh)load(right + k * kRow + 64 * c);
-      constexpr int kQuads = C == 1 ? R / 8 : 0;  // of rows that are loaded together: a load per product is too many
-#pragma GCC unroll 4
-      for (int q = 0; q < kQuads; ++q) {
-        const char* at = left + k * Left::kPairStep + 16 * q;
-        const __m512i four = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
-        __m512* sum = sums[4 * q];
-        sum[0] = _mm512_dpbf16_ps(sum[0], (__m512bh)_mm512_shuffle_epi32(four, _MM_PERM_AAAA), x[0]);
-        sum[C] = _mm512_dpbf16_ps(sum[C], (__m512bh)_mm512_shuffle_epi32(four, _MM_PERM_BBBB), x[0]);
-        sum[2 * C] = _mm512_dpbf16_ps(sum[2 * C], (__m512bh)_mm512_shuffle_epi32(four, _MM_PERM_CCCC), x[0]);
-        sum[3 * C] = _mm512_dpbf16_ps(sum[3 * C], (__m512bh)_mm512_shuffle_epi32(four, _MM_PERM_DDDD), x[0]);
-      }
 #pragma GCC unroll 16
-      for (int r = 4 * kQuads; r < R; ++r) {
+      for (int r = 0; r < R; ++r) {
         const int dword = *reinterpret_cast<const int*>(left + r * Left::kRowStep + k * Left::kPairStep);
         const __m512bh pair = (__m512bh)_mm512_set1_epi32(dword);
 #pragma GCC unroll 2

@@ -98,7 +98,7 @@ def test_matches_float64_at_condition_number(shape, kappa, coefficients):
     assert error <= (0.02 if kappa <= 10 else 0.025)
 
 
-@pytest.mark.parametrize("shape", [(50, 8, 8), (20, 16, 40), (5, 100, 31)], ids=str)
+@pytest.mark.parametrize("shape", [(50, 8, 8), (20, 16, 40), (5, 100, 24)], ids=str)
 def test_narrow_matrices_are_only_rounded(shape):
     x = gauss(*shape, dtype=torch.bfloat16)
     for y in (newton_schulz(x), newton_schulz(x.float(), precision="medium").bfloat16()):
