@@ -1,8 +1,7 @@
 // Newton-Schulz with products of bf16 where vectors multiply them, not tiles.
 //
 // Y = X^T (X itself if it is tall or square) has l rows and s columns, both padded to whole 32s. It is kept in float
-// and, rounded, in "pairs": panels of 32 columns, where row k of a panel has the dwords (M[2k][j], M[2k+1][j]).
-// vdpbf16ps multiplies one dword by 16 of them, and
+// and, rounded, in pairs (common/bf16_pairs.h). The products
 //   A = Y^T Y,   A A  (A is symmetric)
 // have both operands in this form, so nothing is transposed but the upper half of the two results, which is mirrored
 // from the lower one in squares of 16. Only
@@ -13,26 +12,17 @@
 // Y B = Y B~ + Y diag(B). Where singular values are alike, A and B are little else, and bf16 would hold them with
 // errors larger than all of A~; it halves the error of X elsewhere. Nor do the products start with an error of rounding
 // more than the input had: it is scaled by a power of two, and the first polynomial by the rest.
+#include "common/bf16_pairs.h"
+#include "common/simd.h"
 #include "linalg/bf16_pack.h"
 #include "linalg/newton_schulz.h"
 
 namespace gradops {
 namespace {
 
-constexpr long kRow = 128;        // bytes of a row of a panel: 32 dwords
-constexpr long kGroup = 16;       // pairs of terms: a panel's columns
 constexpr long kChunk = 8;        // groups per pass: 16 KB of the right operand stay in L1
 constexpr long kUnit = 64;        // rows of a result computed together
 constexpr long kStrip = 64 * 64;  // bytes of kUnit rows of 32 bf16
-
-// Panels of 32 columns of floats, or of pairs of bf16.
-struct Panels {
-  char* data;
-  long rows;
-  char* at(long row, long col) const { return data + (col / 32 * rows + row) * kRow + col % 32 * 4; }
-  float* floats(long row, long col) const { return reinterpret_cast<float*>(at(row, col)); }
-  char* end(long cols) const { return at(0, cols); }
-};
 
 struct Workspace {
   long l, s;
@@ -74,79 +64,12 @@ struct Scratch {
   }
 };
 
-// Two rows of 32 bf16, as numbers or as pairs.
-struct TwoRows {
-  __m512i first, second;
-};
-inline __m512i words(bool from_pairs, int half) {
-  alignas(64) uint16_t w[32];
-  for (int i = 0; i < 32; ++i)
-    w[i] = uint16_t(from_pairs ? 2 * (i % 16) + (i / 16) * 32 + half : (i % 2) * 32 + i / 2 + 16 * half);
-  return load(w);
-}
-GRADOPS_INLINE inline TwoRows pairs_of(__m512i row0, __m512i row1) {
-  return {_mm512_permutex2var_epi16(row0, words(false, 0), row1),
-          _mm512_permutex2var_epi16(row0, words(false, 1), row1)};
-}
-GRADOPS_INLINE inline TwoRows rows_of(__m512i pairs0, __m512i pairs1) {
-  return {_mm512_permutex2var_epi16(pairs0, words(true, 0), pairs1),
-          _mm512_permutex2var_epi16(pairs0, words(true, 1), pairs1)};
-}
-inline __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
-// The left operand has the dword of row r and pair k at r * kRowStep + k * kPairStep.
-struct ByColumns {  // pairs, read as their transpose
-  static constexpr long kRowStep = 4, kPairStep = kRow;
-};
-struct ByRows {
-  static constexpr long kRowStep = 64, kPairStep = 4;
-};
-
-// A tile of left * right, 16 R by C, a pass over some terms at a time: `kept` has the sums in between. The last one
-// calls done(sums).
-template <class Left, int R, int C, class F>
-GRADOPS_INLINE inline void tile(const char* left, long group_step, const char* right, long groups, bool begins,
-                                bool ends, float* kept, F done) {
-  __m512 sums[R][C];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
-  if (!begins)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) sums[r][c] = _mm512_load_ps(kept + 32 * r + 16 * c);
-  for (; groups > 0; --groups, left += group_step, right += kGroup * kRow)
-#pragma GCC unroll 4
-    for (long k = 0; k < kGroup; ++k) {
-      __m512bh x[C];
-#pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) x[c] = (__m512bh)load(right + k * kRow + 64 * c);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const int dword = *reinterpret_cast<const int*>(left + r * Left::kRowStep + k * Left::kPairStep);
-        const __m512bh pair = (__m512bh)_mm512_set1_epi32(dword);
-#pragma GCC unroll 2
-        for (int c = 0; c < C; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], pair, x[c]);
-      }
-    }
-  if (ends) {
-    done(sums);
-  } else {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) _mm512_store_ps(kept + 32 * r + 16 * c, sums[r][c]);
-  }
-}
-
 // Panels of the first `blocks` blocks of rows that reach the diagonal.
 constexpr long lower_panels(long blocks) { return kUnit / 32 * blocks * (blocks + 1) / 2; }
 
 // The symmetric f(m^T m), off its diagonal, in pairs. Units: kUnit rows of a panel, with numbers on or below the
 // diagonal. f has
-//   values(i, j, sums): finishes rows from i on, columns from j on, in place
+//   operator()(i, j, sums): finishes rows from i on, columns from j on, in place
 //   diagonal(i, mask, sums): takes the diagonal: numbers i + lane of 16 from i on
 template <class F>
 void symmetric(Panels m, Panels out, Scratch scratch, long begin, long end, F f) {
@@ -431,17 +354,6 @@ void run_outside_steps(const NewtonSchulzTask& t, const Workspace& w, const Scra
   } else {
     unpack<E>(t, w, s, begin, end);
   }
-}
-
-// During the steps denormals are zero, as the products take them: each would cost a microcode assist. Not while
-// packing: tiny inputs count there.
-template <class F>
-inline void flushing_denormals(const F& f) {
-  constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x40;
-  const unsigned before = _mm_getcsr();
-  _mm_setcsr(before | kFlushToZero | kDenormalsAreZero);
-  f();
-  _mm_setcsr(before);
 }
 
 template <Element E>
