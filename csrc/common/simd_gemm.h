@@ -139,13 +139,15 @@ inline void symmetric_block(const Panels<T>& m, const Panels<T>& n, int64_t bi, 
     for (int64_t j = bj * kBlock<T>; j < end && j < i; j += W) mirror(out, i, j);
 }
 
-// Rows first to last of m <- alpha m + beta m b. scratch: (last - first) rows, in panels.
+// Rows first to last of m <- alpha m + beta m b. scratch: (last - first) rows, in panels. A tile of a matrix of one
+// panel reads no rows but its own, and those before it writes them.
 template <class T>
 inline void times_block(const Panels<T>& m, int64_t first, int64_t last, T alpha, const Panels<T>& b, T beta,
                         T* scratch) {
   constexpr int W = kLanes<T>, P = kPanel<T>;
-  const Panels<T> old{scratch, last - first, m.cols};
-  for (int64_t p = 0; p < m.panels(); ++p) {
+  const bool copies = m.panels() > 1;
+  const Panels<T> old{copies ? scratch : m.at(first, 0), last - first, m.cols};
+  for (int64_t p = 0; copies && p < m.panels(); ++p) {
     const T* from = m.at(first, p * P);
     T* to = old.at(0, p * P);
     for (int64_t e = 0; e < old.rows * P; e += W) vec_at(to + e) = vec_at(from + e);

@@ -50,7 +50,7 @@ template <int N, Element E>
 double sum_of_squares(const Matrix& x, long row) {
   const long end = row + 32 < x.rows ? row + 32 : x.rows;
   __m512 even, odd;
-  double total = 0;
+  __m512d sum[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
   for (long r = row; r < end; ++r) {
     __m512 s0 = _mm512_setzero_ps(), s1 = s0;
     for (long c = 0; c < x.cols; c += 32) {
@@ -58,14 +58,17 @@ double sum_of_squares(const Matrix& x, long row) {
       as_parts<N, E>(even, odd);
       s0 = _mm512_fmadd_ps(even, even, s0), s1 = _mm512_fmadd_ps(odd, odd, s1);
     }
-    total += _mm512_reduce_add_ps(_mm512_add_ps(s0, s1));
+    s0 = _mm512_add_ps(s0, s1);
+    sum[0] = _mm512_add_pd(sum[0], _mm512_cvtps_pd(_mm512_castps512_ps256(s0)));
+    sum[1] = _mm512_add_pd(sum[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(s0, 1)));
   }
+  const double total = _mm512_reduce_add_pd(_mm512_add_pd(sum[0], sum[1]));
   if (total > 1e-18 && total < 1e37) return total;
   const float power = total < 1 ? 0x1p64f : 0x1p-64f;  // neither overflow nor denormals when these are rounded
-  __m512d sum = _mm512_setzero_pd();
+  sum[0] = _mm512_setzero_pd();
   const auto add = [&sum](__m256 h) GRADOPS_INLINE {
     const __m512d d = _mm512_cvtps_pd(h);
-    sum = _mm512_fmadd_pd(d, d, sum);
+    sum[0] = _mm512_fmadd_pd(d, d, sum[0]);
   };
   for (long r = row; r < end; ++r)
     for (long c = 0; c < x.cols; c += 32) {
@@ -75,7 +78,7 @@ double sum_of_squares(const Matrix& x, long row) {
       add(_mm512_castps512_ps256(even)), add(_mm512_extractf32x8_ps(even, 1));
       add(_mm512_castps512_ps256(odd)), add(_mm512_extractf32x8_ps(odd, 1));
     }
-  return _mm512_reduce_add_pd(sum) / (double(power) * power);
+  return _mm512_reduce_add_pd(sum[0]) / (double(power) * power);
 }
 
 // 1 / norm as a power of two, which rounds nothing and is two factors since it may exceed float, and the rest.
@@ -84,12 +87,17 @@ struct Scale {
   double rest;  // in [0.5, 1)
   // squares: the sum over the matrix. The rest of a matrix of zeros is zero, of NaN or infinity NaN.
   Scale(double squares, bool normalize) {
-    const double inverse = !isfinite(squares) ? NAN : !normalize ? 1 : squares > 0 ? 1 / sqrt(squares) : 0;
+    rest = !isfinite(squares) ? NAN : !normalize ? 1 : squares > 0 ? 1 / sqrt(squares) : 0;
     int e = 0;
-    rest = isfinite(inverse) ? frexp(inverse, &e) : NAN;
+    if (rest > 0) {  // frexp() and ldexp() without a call
+      constexpr int64_t kExponent = 0x7FF0000000000000;
+      const int64_t bits = __builtin_bit_cast(int64_t, rest);
+      e = int(bits >> 52) - 1022;
+      rest = __builtin_bit_cast(double, (bits & ~kExponent) | (int64_t(1022) << 52));
+    }
+    const auto power = [](int e) { return _mm512_castsi512_ps(_mm512_set1_epi32((127 + e) << 23)); };
     const int part = e > 100 ? 100 : e < -100 ? -100 : e;
-    first = _mm512_set1_ps(float(ldexp(1, part)));
-    second = _mm512_set1_ps(float(ldexp(1, e - part)));
+    first = power(part), second = power(e - part);
   }
   __m512 operator()(__m512 x) const { return _mm512_mul_ps(_mm512_mul_ps(x, first), second); }
 };

@@ -10,7 +10,9 @@
 // The diagonals of A and B stay float, outside their blocks: with A = D + A~, A^2 = A~^2 + D A~ + A~ D + D^2 and
 // B X = B~ X + diag(B) X. Where singular values are alike, A and B are little else, and bf16 would hold them with
 // errors larger than all of A~; it halves the error of X elsewhere. Nor does X start with an error of rounding more
-// than its numbers had: it is scaled by a power of two, and the first polynomial by the rest.
+// than its numbers had: it is scaled by a power of two, and the first polynomial by the rest. With N = 1, X is kept in
+// float as well, and what it loses as an operand is made up for as in newton_schulz_pairs.bf16.kernel.cpp, which takes
+// the place of N = 1 where there is no tile unit.
 #include "linalg/newton_schulz.h"
 
 #include "common/bf16_multiply.h"
@@ -30,7 +32,9 @@ struct Workspace {
   char* a_v;          // S x S, V form, column-major
   char* b;            // S x S, R form
   float* a_diagonal;  // of every block, even places, then odd ones
-  float* b_diagonal;  // the same of a I + B
+  float* b_diagonal;  // the same of a I + B; with N = 1, what of it goes with X in float
+  float* b_rest;      // and with X as it is in blocks
+  float* x_float;     // S x L blocks
   double* squares;    // sums of squares of 32 rows of the input each
 
   Workspace(const NewtonSchulzTask& t, char* memory) {
@@ -41,13 +45,15 @@ struct Workspace {
     a_v = a_r + S * S * kBlock;
     b = a_v + S * S * kBlock;
     a_diagonal = reinterpret_cast<float*>(b + S * S * kBlock), b_diagonal = a_diagonal + 32 * S;
-    squares = reinterpret_cast<double*>(b_diagonal + 32 * S);
+    b_rest = b_diagonal + 32 * S, x_float = b_rest + 32 * S;
+    squares = reinterpret_cast<double*>(x_float + (N == 1 ? S * L * 1024 : 0));
     end = reinterpret_cast<char*>(squares + R);
   }
   char* end;
   char* x_at(long i, long j) const { return x + (i * L + j) * kBlock; }
   char* a_r_at(long i, long j) const { return a_r + (i * S + j) * kBlock; }
   char* a_v_at(long i, long j) const { return a_v + (j * S + i) * kBlock; }
+  float* x_float_at(long i, long j) const { return x_float + (i * L + j) * 1024; }
   char* b_at(long i, long j) const { return b + (i * S + j) * kBlock; }
 
   Scale scale(const NewtonSchulzTask& t) const {
@@ -143,7 +149,7 @@ void polynomial(const Workspace<N>& w, const Scratch<N>& s, float lead, float b,
     const char* a = w.a_r_at(i, j);
     char *r = w.b_at(i, j), *r_mirror = w.b_at(j, i);
     const float *rows = w.a_diagonal + 32 * i, *columns = w.a_diagonal + 32 * j;
-    float* diagonal = i == j ? w.b_diagonal + 32 * i : nullptr;
+    float *diagonal = i == j ? w.b_diagonal + 32 * i : nullptr, *rest = w.b_rest + 32 * i;
     return [=](long u) GRADOPS_INLINE {
       const auto row = [=](const char* at, const float* aa, float d, __mmask16 even, __mmask16 odd) GRADOPS_INLINE {
         const Row<N> x = load_row<N>(at);
@@ -157,8 +163,12 @@ void polynomial(const Workspace<N>& w, const Scratch<N>& s, float lead, float b,
         const float *aa = sums + 64 * u, d0 = rows[u], d1 = rows[16 + u];
         const __mmask16 off = off_diagonal(diagonal, u), all = __mmask16(~0u);
         if (diagonal) {
-          diagonal[u] = lead + (c * aa[u] + (b + c * d0) * d0);
-          diagonal[16 + u] = lead + (c * aa[48 + u] + (b + c * d1) * d1);
+          const auto set = [=](long at, float aa, float d) GRADOPS_INLINE {
+            const float own = c * aa + (b + c * d) * d;
+            diagonal[at] = lead + own;
+            if (N == 1) rest[at] = b * d - 2 * own, diagonal[at] -= rest[at];
+          };
+          set(u, aa[u], d0), set(16 + u, aa[48 + u], d1);
         }
         const Row<N> r0 = row(a + 128 * u, aa, d0, off, all), r1 = row(a + 128 * u + 64, aa + 32, d1, all, off);
         store_row(r + 128 * u, r0);
@@ -183,18 +193,28 @@ template <int N>
 void update(const Workspace<N>& w, const Scratch<N>& s, long begin, long end) {
   const long S = w.S, G = w.group();
   long now = 0, units = 0;
-  char* before = nullptr;
-  const float* diagonal = nullptr;
-  const auto epilogue = [=](char* x, const float* diagonal, const float* sums) GRADOPS_INLINE {
+  long bi = 0, bj = 0;
+  const auto epilogue = [=](long i, long j, const float* sums) GRADOPS_INLINE {
+    char* x = w.x_at(i, j);
+    float* y = w.x_float_at(i, j);
+    const float *diagonal = w.b_diagonal + 32 * i, *rest = w.b_rest + 32 * i;
     return [=](long u) GRADOPS_INLINE {
-      const auto row = [=](char* at, float d, const float* bx) GRADOPS_INLINE {
-        const Row<N> v = load_row<N>(at);
-        const __m512 own = _mm512_set1_ps(d);
-        store_row(at, to_row<N>(_mm512_fmadd_ps(own, even_float(v), _mm512_load_ps(bx)),
-                                _mm512_fmadd_ps(own, odd_float(v), _mm512_load_ps(bx + 16))));
+      const auto row = [=](long r, long at) GRADOPS_INLINE {
+        const Row<N> v = load_row<N>(x + 64 * r);
+        const __m512 own = _mm512_set1_ps(diagonal[at]);
+        __m512 even = _mm512_load_ps(sums + 32 * r), odd = _mm512_load_ps(sums + 32 * r + 16);
+        if constexpr (N == 1) {
+          const __m512 less = _mm512_set1_ps(rest[at]);
+          even = _mm512_fmadd_ps(less, even_float(v), even), odd = _mm512_fmadd_ps(less, odd_float(v), odd);
+          even = _mm512_fmadd_ps(own, _mm512_load_ps(y + 32 * r), even);
+          odd = _mm512_fmadd_ps(own, _mm512_load_ps(y + 32 * r + 16), odd);
+          _mm512_store_ps(y + 32 * r, even), _mm512_store_ps(y + 32 * r + 16, odd);
+        } else {
+          even = _mm512_fmadd_ps(own, even_float(v), even), odd = _mm512_fmadd_ps(own, odd_float(v), odd);
+        }
+        store_row(x + 64 * r, to_row<N>(even, odd));
       };
-      row(x + 128 * u, diagonal[u], sums + 64 * u);
-      row(x + 128 * u + 64, diagonal[16 + u], sums + 64 * u + 32);
+      row(2 * u, u), row(2 * u + 1, 16 + u);
     };
   };
   for (long q0 = begin; q0 < end; q0 += G) {
@@ -205,11 +225,11 @@ void update(const Workspace<N>& w, const Scratch<N>& s, long begin, long end) {
         for (long u = 0; u < kPairs; ++u) rows_to_vnni<N>(w.x_at(p, q), panel(q) + p * w.kBlock, u);
     for (long i = 0; i < S; ++i)
       for (long q = q0; q < q1; ++q) {
-        multiply<N>(w.b_at(i, 0), panel(q), S, s.sums[now], units, epilogue(before, diagonal, s.sums[1 - now]));
-        before = w.x_at(i, q), diagonal = w.b_diagonal + 32 * i, units = kPairs, now = 1 - now;
+        multiply<N>(w.b_at(i, 0), panel(q), S, s.sums[now], units, epilogue(bi, bj, s.sums[1 - now]));
+        bi = i, bj = q, units = kPairs, now = 1 - now;
       }
   }
-  const auto last = epilogue(before, diagonal, s.sums[1 - now]);
+  const auto last = epilogue(bi, bj, s.sums[1 - now]);
   for (long u = 0; u < units; ++u) last(u);
 }
 
@@ -268,6 +288,12 @@ void pack(const NewtonSchulzTask& t, const Workspace<N>& w, const Scratch<N>& s,
       transpose_block<N>(s.tmp, s.tmp + w.kBlock, w.x_at(p, i));
     } else {
       pack_tile<N, E>(x, i, p, scale, w.x_at(i, p));
+    }
+    const char* from = is_tall(t) ? w.x_at(p, i) : w.x_at(i, p);
+    float* to = is_tall(t) ? w.x_float_at(p, i) : w.x_float_at(i, p);
+    for (long r = 0; N == 1 && r < 32; ++r) {
+      const Row<N> v = load_row<N>(from + 64 * r);
+      _mm512_store_ps(to + 32 * r, even_float(v)), _mm512_store_ps(to + 32 * r + 16, odd_float(v));
     }
   }
 }
@@ -328,6 +354,9 @@ struct Engine {
 }  // namespace
 
 const NewtonSchulzEngine& GRADOPS_ISA::newton_schulz_bf16(Element element, int parts) {
+#if !defined(GRADOPS_LEVEL_amx) && !defined(GRADOPS_LEVEL_amx_twin)
+  if (parts == 1) return newton_schulz_pairs(element);
+#endif
   if (element == Element::bf16) return parts == 2 ? Engine<2, Element::bf16>::engine : Engine<1, Element::bf16>::engine;
   return parts == 2 ? Engine<2, Element::f32>::engine : Engine<1, Element::f32>::engine;
 }

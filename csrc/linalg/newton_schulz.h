@@ -59,6 +59,8 @@ struct NewtonSchulzEngine {
 GRADOPS_DECLARE(const NewtonSchulzEngine&, newton_schulz_full, Element element)
 // bf16 and f32 input; parts = 1 (bf16) or 2 (bf16x3).
 GRADOPS_DECLARE_BF16(const NewtonSchulzEngine&, newton_schulz_bf16, Element element, int parts)
+// The same for parts = 1, where there is no tile unit.
+GRADOPS_DECLARE_BF16(const NewtonSchulzEngine&, newton_schulz_pairs, Element element)
 
 namespace cpu {
 void newton_schulz(const void* in, void* out, Element element, int64_t batch, int64_t rows, int64_t cols,

@@ -192,23 +192,32 @@ struct Phase {
   int together = 1;  // 1: the standard form
 };
 
-Phase phase_of(const NewtonSchulzTask& t, int phase) {
-  if (phase < 2) return {Kind(phase)};
-  phase -= 2;
+// Calls f with the phases of the steps, in their order, until it returns false.
+template <class F>
+[[gnu::always_inline]] inline bool each_step_phase(const NewtonSchulzTask& t, const F& f) {
   const int steps = t.steps->steps, most = t.steps->restart > 1 ? t.steps->restart : 1;
   for (int first = 0; first < steps; first += most) {
     const int n = steps - first < most ? steps - first : most;
-    const auto next = [&phase] { return phase-- == 0; };
-    if (next()) return {gram, first, 0, n};
+    if (!f(Phase{gram, first, 0, n})) return false;
     for (int j = 0; j < n; ++j) {
-      if (next()) return {square, first + j, j, n};
-      if (j > 0 && next()) return {collect, first + j, j, n};
-      if (j < n - 1 && next()) return {halve, first + j, j, n};
-      if (j < n - 1 && next()) return {renew, first + j, j, n};
+      if (!f(Phase{square, first + j, j, n})) return false;
+      if (j > 0 && !f(Phase{collect, first + j, j, n})) return false;
+      if (j < n - 1 && !(f(Phase{halve, first + j, j, n}) && f(Phase{renew, first + j, j, n}))) return false;
     }
-    if (next()) return {update, first + n - 1, n - 1, n};
+    if (!f(Phase{update, first + n - 1, n - 1, n})) return false;
   }
-  return {unpacking};
+  return true;
+}
+
+Phase phase_of(const NewtonSchulzTask& t, int phase) {
+  if (phase < 2) return {Kind(phase)};
+  phase -= 2;
+  Phase found{unpacking};
+  each_step_phase(t, [&](const Phase& p) {
+    if (phase == 0) found = p;
+    return phase-- > 0;
+  });
+  return found;
 }
 
 template <class T>
@@ -219,8 +228,9 @@ struct Engine {
     return count + 1;
   }
   static int64_t units(const NewtonSchulzTask& t, int phase) {
-    const Arrays<T> m(t, nullptr);
-    const Phase what = phase_of(t, phase);
+    return units_of(t, Arrays<T>(t, nullptr), phase_of(t, phase));
+  }
+  static int64_t units_of(const NewtonSchulzTask& t, const Arrays<T>& m, const Phase& what) {
     switch (what.kind) {
       case norm:
         return chunks(t.rows * t.cols, kNormChunk);
@@ -243,7 +253,24 @@ struct Engine {
   static void run(const NewtonSchulzTask& t, char* workspace, char* scratch, int phase, int64_t begin, int64_t end) {
     const Arrays<T> m(t, workspace);
     const Phase now = phase_of(t, phase);
-    const Kind what = now.kind;
+    if (now.kind == norm || now.kind == packing || now.kind == unpacking)
+      outside_steps(t, m, now.kind, begin, end);
+    else
+      flushing_denormals([&] { step(t, m, reinterpret_cast<T*>(scratch), now, begin, end); });
+  }
+  static void run_all(const NewtonSchulzTask& t, char* workspace, char* scratch) {
+    const Arrays<T> m(t, workspace);
+    for (Kind kind : {norm, packing}) outside_steps(t, m, kind, 0, units_of(t, m, {kind}));
+    flushing_denormals([&] {
+      each_step_phase(t, [&](const Phase& now) {
+        step(t, m, reinterpret_cast<T*>(scratch), now, 0, units_of(t, m, now));
+        return true;
+      });
+    });
+    outside_steps(t, m, unpacking, 0, units_of(t, m, {unpacking}));
+  }
+
+  static void outside_steps(const NewtonSchulzTask& t, const Arrays<T>& m, Kind what, int64_t begin, int64_t end) {
     const int64_t first = begin * kRowChunk, last = end * kRowChunk < m.l ? end * kRowChunk : m.l;
     if (what == norm) {
       with_stored_type<T>(t, [&](auto* in) {
@@ -254,10 +281,8 @@ struct Engine {
       });
     } else if (what == packing) {
       with_stored_type<T>(t, [&](auto* in) { pack(m, in, scale_of(t, m.squares), first, last); });
-    } else if (what == unpacking) {
-      with_stored_type<T>(t, [&]<class Out>(const Out*) { unpack(m, static_cast<Out*>(t.out), first, last); });
     } else {
-      flushing_denormals([&] { step(t, m, reinterpret_cast<T*>(scratch), now, begin, end); });
+      with_stored_type<T>(t, [&]<class Out>(const Out*) { unpack(m, static_cast<Out*>(t.out), first, last); });
     }
   }
 
@@ -306,7 +331,7 @@ struct Engine {
     }
   }
 
-  static constexpr NewtonSchulzEngine engine{workspace_bytes, phases, units, run, scratch_bytes};
+  static constexpr NewtonSchulzEngine engine{workspace_bytes, phases, units, run, scratch_bytes, run_all};
 };
 
 }  // namespace

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-import gradops  # noqa: F401  (loads the libraries)
+from gradops.linalg import newton_schulz
+from gradops.linalg.reference import newton_schulz as reference_newton_schulz
 
 BF16X3, BF16 = 1, 2  # NewtonSchulzProducts
 SIMPLE = [3.4445, -4.7750, 2.0315] * 5
@@ -75,6 +76,34 @@ def test_matches_float64(shape, dtype, products):
             assert relative(y, want) <= 2**-8 + 1e-4
         else:
             assert (y.double() - want).abs().max() <= 0.02
+
+
+def conditioned(batch, rows, cols, kappa):
+    generator = torch.Generator().manual_seed(rows + cols)
+    rank = min(rows, cols)
+    u = torch.linalg.qr(torch.randn(batch, rows, rank, dtype=torch.float64, generator=generator))[0]
+    v = torch.linalg.qr(torch.randn(batch, cols, rank, dtype=torch.float64, generator=generator))[0]
+    return u * kappa ** -torch.linspace(0, 1, rank, dtype=torch.float64) @ v.mT
+
+
+@here
+@pytest.mark.parametrize("coefficients", ["polar_express", "simple"])
+@pytest.mark.parametrize("kappa", [1.0, 10.0, 1e6])
+@pytest.mark.parametrize("shape", [(32, 32), (96, 40)], ids=str)
+@pytest.mark.usefixtures("one_thread")
+def test_matches_float64_at_condition_number(shape, kappa, coefficients):
+    x = conditioned(8, *shape, kappa).bfloat16()
+    want = reference_newton_schulz(x.double(), coefficients=coefficients)
+    error = (newton_schulz(x, coefficients=coefficients).double() - want).abs().max()
+    assert error <= (0.02 if kappa <= 10 else 0.025)
+
+
+@pytest.mark.parametrize("shape", [(50, 8, 8), (20, 16, 40), (5, 100, 24)], ids=str)
+def test_narrow_matrices_are_only_rounded(shape):
+    x = gauss(*shape, dtype=torch.bfloat16)
+    for y in (newton_schulz(x), newton_schulz(x.float(), precision="medium").bfloat16()):
+        error = (y.double() - reference_newton_schulz(x.double())).abs().max()
+        assert error <= 2**-8  # of numbers below 2
 
 
 @here

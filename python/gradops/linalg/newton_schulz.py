@@ -113,7 +113,9 @@ def _kernel_products(x: Tensor, steps: int, precision: str) -> int | None:
         if level in ("v2", "v3", "v4") or x.dtype in (torch.float64, torch.float16):
             return _FULL
         if x.dtype == torch.bfloat16 or precision == "medium":
-            return _BF16
+            # Blocks of bfloat16 are 32 wide: much narrower matrices take no longer in float32, and errors of bfloat16
+            # would be the larger the fewer singular values share the norm.
+            return _BF16 if min(x.shape[-2:]) > 24 else _FULL
         # Without tiles, three bfloat16 products cost more than one in float32.
         return _BF16X3 if precision == "high" and level.startswith("amx") else _FULL
     if x.device.type == "cuda" and x.dtype != torch.float64 and min(x.shape[-2:]) <= 256:
