@@ -18,7 +18,7 @@ Tensor checked(const Tensor& x, const Tensor& z, bool whole, ScalarType type, co
   STD_TORCH_CHECK(fits, "cross_entropy: ", name, " must have the shape of z",
                   whole ? "" : " but for its last dimension");
   same_device(z, x, "cross_entropy: all tensors");
-  return torch::stable::contiguous(x);
+  return contiguous_of(x);
 }
 Tensor per_row(const Tensor& x, const Tensor& z, const char* name) {
   return checked(x, z, false, ScalarType::Double, name);
@@ -32,7 +32,7 @@ struct Rows {
 
   Rows(const Tensor& z_in, const Maybe& u_in, const char* name) : z(z_in) {
     STD_TORCH_CHECK(z.dim() >= 1 && z.size(-1) >= 1, "cross_entropy: z must have entries in its last dimension");
-    z = torch::stable::contiguous(z);
+    z = contiguous_of(z);
     if (u_in) u = checked(*u_in, z, true, z.scalar_type(), name);
     cols = z.size(-1), rows = z.numel() / cols;
   }

@@ -100,7 +100,7 @@ class Arguments {
   }
   const void* keep(const Tensor& t) {
     if (!kept_.empty()) same_device(kept_[0], t, op_);
-    kept_.push_back(torch::stable::contiguous(t));
+    kept_.push_back(contiguous_of(t));
     return kept_.back().const_data_ptr();
   }
   void check(const Tensor& t, const std::vector<int64_t>& shape, ScalarType type, const char* name) {

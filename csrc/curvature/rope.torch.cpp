@@ -6,7 +6,7 @@ namespace gradops {
 namespace {
 
 // With the numbers of a row next to one another
-Tensor lines(const Tensor& x) { return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x); }
+Tensor lines(const Tensor& x) { return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : contiguous_of(x); }
 
 Tensor rope(const Tensor& x_in, const Tensor& cos_in, const Tensor& sin_in, bool interleaved, bool inverse) {
   const int64_t leading = x_in.dim() - 1;

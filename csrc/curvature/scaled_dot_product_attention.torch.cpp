@@ -56,7 +56,7 @@ class Call {
     STD_TORCH_CHECK(x.scalar_type() == type && sizes(x) == shape(q_, tail), "scaled_dot_product_attention: ", name,
                     " must be what the forward pass gave");
     same_device(q_, x, "scaled_dot_product_attention: all tensors");
-    return keep(torch::stable::contiguous(x)).data_ptr();
+    return keep(contiguous_of(x)).data_ptr();
   }
   void saved(const Tensor& o, const Tensor& lse) {
     task.o = earlier(o, {task.heads, task.queries, task.dv}, q_.scalar_type(), "o");
@@ -118,7 +118,7 @@ class Call {
     same_device(q_, *x, "scaled_dot_product_attention: all tensors");
     int64_t b;
     const bool readable = (x->stride(-1) == 1 || x->size(-1) <= 1) && batch_step(*x, b);
-    const Tensor& y = readable ? keep(*x) : keep(torch::stable::contiguous(*x));
+    const Tensor& y = readable ? keep(*x) : keep(contiguous_of(*x));
     batch_step(y, b);
     return {y.const_data_ptr(), b, y.stride(-3), y.stride(-2)};
   }
@@ -134,7 +134,7 @@ class Call {
     if (!batch_step(y, m.b)) {  // a copy, but not of what is repeated
       for (int64_t i = -3; i < 0; ++i)
         if (x.stride(i) == 0 && x.size(i) > 1) y = torch::stable::narrow(y, x.dim() + i, 0, 1);
-      y = torch::stable::contiguous(y);
+      y = contiguous_of(y);
       batch_step(y, m.b);
     }
     const auto step = [&](int64_t i) { return y.size(i) == 1 ? 0 : y.stride(i); };

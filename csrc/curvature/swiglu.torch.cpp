@@ -56,7 +56,7 @@ class Call {
     task.rows = n / task.cols;
     for (auto& [rows, x] : given_) {
       int64_t stride = flat ? n : row_stride(x);
-      if (stride < 0) x = torch::stable::contiguous(x), stride = task.cols;
+      if (stride < 0) x = contiguous_of(x), stride = task.cols;
       *rows = {x.const_data_ptr(), stride};
     }
     const Scope scope(gate_);

@@ -21,7 +21,7 @@ Tensor gram(std::vector<Tensor> list, bool wide) {
       STD_TORCH_CHECK(j.size(i) == first.size(i), "gram: J must be blocks that agree in all but their columns");
     STD_TORCH_CHECK(wide || j.scalar_type() != ScalarType::Double, "gram: J is float64, and so must its sums be");
     same_device(first, j, "gram: all blocks of J");
-    j = torch::stable::contiguous(j);
+    j = contiguous_of(j);
     blocks.push_back({j.const_data_ptr(), element(j, "gram: J"), j.size(-1)});
   }
   Tensor g = empty(first, shape, wide ? ScalarType::Double : ScalarType::Float);

@@ -20,8 +20,8 @@ struct Layers {
                       "gram_outer: x must be (B, T, d) and g (B, T, p) for each layer");
       same_device(x[0], x[i], "gram_outer: all x and g");
       same_device(x[0], g[i], "gram_outer: all x and g");
-      kept.push_back(torch::stable::contiguous(x[i]));
-      kept.push_back(torch::stable::contiguous(g[i]));
+      kept.push_back(contiguous_of(x[i]));
+      kept.push_back(contiguous_of(g[i]));
       const Tensor &a = kept[2 * i], &b = kept[2 * i + 1];
       if (a.size(1) == 0) continue;  // gives nothing
       layers.push_back({a.const_data_ptr(), b.const_data_ptr(), element(a, "gram_outer: x"),

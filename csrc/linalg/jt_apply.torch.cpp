@@ -12,7 +12,7 @@ Tensor jt_apply(const Tensor& j_in, const Tensor& w_in) {
     STD_TORCH_CHECK(w_in.size(i) == j_in.size(i), "jt_apply: w must have the shape of J less the last dimension");
   same_device(j_in, w_in, "jt_apply: J and w");
   const Scope scope(j_in);
-  const Tensor j = torch::stable::contiguous(j_in), w = torch::stable::contiguous(w_in);
+  const Tensor j = contiguous_of(j_in), w = contiguous_of(w_in);
   std::vector<int64_t> shape(size_t(w.dim()));
   int64_t batch = 1;
   for (int64_t i = 0; i + 1 < w.dim(); ++i) batch *= shape[size_t(i)] = j.size(i);

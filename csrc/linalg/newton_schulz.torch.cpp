@@ -17,7 +17,7 @@ Tensor newton_schulz(const Tensor& x_in, std::vector<double> coefficients, bool 
                   "newton_schulz: restart goes with full products on the CPU");
   steps.restart = int(restart);
   const Scope scope(x_in);
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = contiguous_of(x_in);
   Tensor y = new_like(x);
   const int64_t rows = x.size(-2), cols = x.size(-1), batch = x.numel() == 0 ? 0 : x.numel() / (rows * cols);
   const Element type = element(x, "newton_schulz: x");

@@ -13,7 +13,7 @@ Tensor nuclear_scale(const Tensor& m_in, const Tensor& u_in) {
     STD_TORCH_CHECK(m_in.size(i) == u_in.size(i), "nuclear_scale: M and U must have one shape and dtype");
   same_device(m_in, u_in, "nuclear_scale: M and U");
   const Scope scope(m_in);
-  const Tensor m = torch::stable::contiguous(m_in), u = torch::stable::contiguous(u_in);
+  const Tensor m = contiguous_of(m_in), u = contiguous_of(u_in);
   std::vector<int64_t> shape(size_t(m.dim() - 2));
   int64_t batch = 1;
   for (size_t i = 0; i < shape.size(); ++i) batch *= shape[i] = m.size(int64_t(i));

@@ -8,7 +8,7 @@ namespace {
 Tensor row_norm(const Tensor& x_in, double eps, bool center) {
   STD_TORCH_CHECK(x_in.dim() >= 2, "row_norm: x must have at least 2 dimensions, got ", x_in.dim());
   const Scope scope(x_in);
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = contiguous_of(x_in);
   Tensor y = new_like(x);
   const int64_t rows = x.size(-2), cols = x.size(-1);
   const RowNormTask task{x.const_data_ptr(),

@@ -13,7 +13,7 @@ WideOperand operand(const Tensor& x, const char* name, Tensor& memory) {
     return (x.size(along) <= 1 || x.stride(along) == 1) && (x.size(across) <= 1 || x.stride(across) >= x.size(along));
   };
   const bool by_rows = lies_in_lines(1, 0), transposed = !by_rows && lies_in_lines(0, 1);
-  memory = by_rows || transposed ? x : torch::stable::contiguous(x);
+  memory = by_rows || transposed ? x : contiguous_of(x);
   return {memory.const_data_ptr(), element(x, name), transposed, memory.stride(transposed ? 1 : 0)};
 }
 

@@ -21,7 +21,7 @@ const int64_t* lengths(const Maybe& t, int64_t size, const char* what) {
 Maybe contiguous(const Maybe& t, const Tensor& like) {
   if (!t) return t;
   same_device(*t, like, "entropic: the inputs");
-  return torch::stable::contiguous(*t);
+  return contiguous_of(*t);
 }
 
 // costs: (..., n, m); or points (..., n, d) with y (..., m, d)
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> entropic(const Tensor& costs_in, const Maybe&
   STD_TORCH_CHECK(costs_in.dim() >= 2, "entropic: costs must have at least 2 dimensions, got ", costs_in.dim());
   STD_TORCH_CHECK(reg > 0, "entropic: reg must be positive, got ", reg);
   const Scope scope(costs_in);
-  const Tensor costs = torch::stable::contiguous(costs_in);
+  const Tensor costs = contiguous_of(costs_in);
   const Tensor a = *contiguous(a_in, costs), b = *contiguous(b_in, costs);
   const Maybe y = contiguous(y_in, costs), alpha0 = contiguous(alpha0_in, costs);
   const Maybe n_len = contiguous(n_len_in, costs), m_len = contiguous(m_len_in, costs);

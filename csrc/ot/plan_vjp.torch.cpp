@@ -21,9 +21,8 @@ std::tuple<Tensor, Tensor, Tensor> plan_vjp(const Tensor& index_in, const Tensor
   STD_TORCH_CHECK(value_in.size(-2) == m && value_in.size(-1) == width && g_in.size(-2) == m &&
                       g_in.size(-1) == width && q_in.size(-1) == m,
                   "plan_vjp: shapes do not fit: index, value and g (..., m, width), p (..., n), q (..., m)");
-  const Tensor index = torch::stable::contiguous(index_in), value = torch::stable::contiguous(value_in);
-  const Tensor g = torch::stable::contiguous(g_in), p = torch::stable::contiguous(p_in),
-               q = torch::stable::contiguous(q_in);
+  const Tensor index = contiguous_of(index_in), value = contiguous_of(value_in);
+  const Tensor g = contiguous_of(g_in), p = contiguous_of(p_in), q = contiguous_of(q_in);
   int64_t batch = 1;
   for (int64_t i = 0; i + 2 < dim; ++i) batch *= index.size(i);
   Tensor r = new_like(g), u = new_like(p), v = new_like(q);

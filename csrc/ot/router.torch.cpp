@@ -16,7 +16,7 @@ Result router(const Tensor& logits_in, bool experts_choose, int64_t width, int64
   STD_TORCH_CHECK(width >= 1 && (experts_choose || width <= experts), "router: bad width ", width);
   STD_TORCH_CHECK(gamma > 0, "router: gamma must be positive, got ", gamma);
   const Scope scope(logits_in);
-  const Tensor logits = torch::stable::contiguous(logits_in);
+  const Tensor logits = contiguous_of(logits_in);
   const ScalarType type = logits.scalar_type(), wide = type == ScalarType::Double ? type : ScalarType::Float;
   std::vector<int64_t> lead;
   int64_t groups = 1;

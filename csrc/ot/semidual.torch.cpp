@@ -5,8 +5,6 @@
 namespace gradops {
 namespace {
 
-Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
 using Out = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Out semidual(const Tensor& alpha_in, std::optional<Tensor> M_in, std::optional<Tensor> x_in, std::optional<Tensor> y_in,
@@ -15,7 +13,7 @@ Out semidual(const Tensor& alpha_in, std::optional<Tensor> M_in, std::optional<T
              std::optional<Tensor> warm_weight_in, std::optional<Tensor> warm_tau_in) {
   STD_TORCH_CHECK(bool(M_in) != (x_in && y_in), "semidual: either M, or x and y");
   const Scope scope(alpha_in);
-  const Tensor alpha = dense(alpha_in), a = dense(a_in), b = dense(b_in);
+  const Tensor alpha = contiguous_of(alpha_in), a = contiguous_of(a_in), b = contiguous_of(b_in);
   const int64_t dims = alpha.dim();
   STD_TORCH_CHECK(dims >= 1 && a.dim() == dims && b.dim() == dims, "semidual: alpha, a and b must have one batch");
   const int64_t n = alpha.size(-1), m = b.size(-1);
@@ -39,11 +37,11 @@ Out semidual(const Tensor& alpha_in, std::optional<Tensor> M_in, std::optional<T
   SemidualTask task{};
   std::optional<Tensor> M, x, y, warm_alpha, warm_index, warm_weight, warm_tau;
   if (M_in) {
-    M = dense(*M_in);
+    M = contiguous_of(*M_in);
     check(*M, n, m, "semidual: M");
     task.matrix = M->const_data_ptr(), task.element = element(*M, "semidual: M");
   } else {
-    x = dense(*x_in), y = dense(*y_in);
+    x = contiguous_of(*x_in), y = contiguous_of(*y_in);
     task.d = x->size(-1);
     check(*x, n, task.d, "semidual: x"), check(*y, m, task.d, "semidual: y");
     STD_TORCH_CHECK(x->scalar_type() == y->scalar_type(), "semidual: x and y must have one dtype");
@@ -52,8 +50,8 @@ Out semidual(const Tensor& alpha_in, std::optional<Tensor> M_in, std::optional<T
   const auto doubles = [](const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); };
   if (warm_index_in) {
     STD_TORCH_CHECK(warm_alpha_in && warm_weight_in && warm_tau_in, "semidual: all of warm, or nothing");
-    warm_alpha = dense(*warm_alpha_in), warm_index = dense(*warm_index_in), warm_weight = dense(*warm_weight_in),
-    warm_tau = dense(*warm_tau_in);
+    warm_alpha = contiguous_of(*warm_alpha_in), warm_index = contiguous_of(*warm_index_in),
+    warm_weight = contiguous_of(*warm_weight_in), warm_tau = contiguous_of(*warm_tau_in);
     task.warm_width = warm_index->size(-1);
     check(*warm_alpha, n, -1, "semidual: warm_alpha"), check(*warm_tau, m, -1, "semidual: warm_tau");
     check(*warm_index, m, task.warm_width, "semidual: warm_index");

@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> solve(
   STD_TORCH_CHECK(bool(M_in) != (x_in && y_in), "solve: either M, or x and y");
   STD_TORCH_CHECK(reg > 0 && max_nz >= 0 && width >= 1, "solve: bad reg, max_nz or width");
   const Scope scope(a_in);
-  const Tensor a = torch::stable::contiguous(a_in), b = torch::stable::contiguous(b_in);
+  const Tensor a = contiguous_of(a_in), b = contiguous_of(b_in);
   const int64_t dims = a.dim();
   STD_TORCH_CHECK(dims >= 1 && b.dim() == dims, "solve: a and b must have one batch");
   const int64_t n = a.size(-1), m = b.size(-1);
@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> solve(
     for (size_t i = 0; good && i < want.size(); ++i) good = given.size(int64_t(i)) == want[i];
     STD_TORCH_CHECK(good, "solve: ", what, " has the wrong shape");
     same_device(given, a, "solve: all tensors");
-    return torch::stable::contiguous(given);
+    return contiguous_of(given);
   };
   const auto of_type = [&](const Tensor& t, ScalarType type, const char* what) {
     STD_TORCH_CHECK(t.scalar_type() == type, "solve: ", what);

@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_simplex_projection(const Tensor& X_in,
   STD_TORCH_CHECK(z_in.scalar_type() == ScalarType::Double, "sparse_simplex_projection: z must be float64");
   same_device(X_in, z_in, "sparse_simplex_projection: X and z");
   const Scope scope(X_in);
-  const Tensor X = torch::stable::contiguous(X_in), z = torch::stable::contiguous(z_in);
+  const Tensor X = contiguous_of(X_in), z = contiguous_of(z_in);
   std::vector<int64_t> shape;
   int64_t vectors = 1;
   for (int64_t i = 0; i < z.dim(); ++i) {

@@ -7,8 +7,6 @@
 namespace gradops {
 namespace {
 
-Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
 struct Packed {
   Tensor words, scales, zeros;
   std::optional<Tensor> g_idx;
@@ -16,7 +14,7 @@ struct Packed {
 
   Packed(const char* op, const Tensor& like, const Tensor& qweight, const Tensor& scales_in, const Tensor& qzeros,
          const std::optional<Tensor>& g_idx_in, int64_t in, int64_t bits, int64_t group_size, bool less_one)
-      : words(dense(qweight)), scales(dense(scales_in)), zeros(dense(qzeros)) {
+      : words(contiguous_of(qweight)), scales(contiguous_of(scales_in)), zeros(contiguous_of(qzeros)) {
     STD_TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, op, ": bits must be 2, 3, 4 or 8, got ", bits);
     STD_TORCH_CHECK(words.dim() == 2 && scales.dim() == 2 && zeros.dim() == 2, op, ": the weight must be matrices");
     STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int && zeros.scalar_type() == ScalarType::Int, op,
@@ -27,7 +25,7 @@ struct Packed {
     STD_TORCH_CHECK(zeros.size(0) == groups && zeros.size(1) == (out * bits + 31) / 32, op,
                     ": qzeros has the wrong shape");
     if (g_idx_in) {
-      g_idx = dense(*g_idx_in);
+      g_idx = contiguous_of(*g_idx_in);
       STD_TORCH_CHECK(g_idx->scalar_type() == ScalarType::Int && g_idx->dim() == 1 && g_idx->size(0) == in, op,
                       ": g_idx must be int32, one for each input");
       same_device(like, *g_idx, op);
@@ -57,11 +55,11 @@ Tensor dequant_linear(const Tensor& x_in, const Tensor& qweight, const Tensor& s
   STD_TORCH_CHECK(x_in.dim() >= 1, "dequant_linear: x must have at least 1 dimension");
   STD_TORCH_CHECK(x_in.scalar_type() != ScalarType::Double, "dequant_linear: x must not be float64");
   const Scope scope(x_in);
-  const Tensor x = dense(x_in);
+  const Tensor x = contiguous_of(x_in);
   const Packed packed("dequant_linear", x, qweight, scales, qzeros, g_idx, x.size(-1), bits, group_size, less_one);
   std::optional<Tensor> bias;
   if (bias_in) {
-    bias = dense(*bias_in);
+    bias = contiguous_of(*bias_in);
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == packed.w.out, "dequant_linear: bias has the wrong shape");
     same_device(x, *bias, "dequant_linear");
   }

@@ -33,7 +33,7 @@ struct Batch {
 // x itself where its rows lie at fixed distances, else a copy, which `kept` keeps alive.
 Plane plane(const Tensor& x, std::vector<Tensor>& kept) {
   const bool direct = x.dim() <= 3 && (x.size(-1) <= 1 || x.stride(-1) == 1);
-  kept.push_back(direct ? x : torch::stable::contiguous(x));
+  kept.push_back(direct ? x : contiguous_of(x));
   const Tensor& t = kept.back();
   const int64_t rows = t.size(-2), cols = t.size(-1);
   return {static_cast<const float*>(t.const_data_ptr()), direct ? (x.dim() == 3 ? x.stride(0) : 0) : rows * cols,
@@ -97,11 +97,11 @@ void gptq_block_(Tensor codes, Tensor q, Maybe e, Maybe latent, Maybe scales, Ma
   t.w = plane(w, kept), t.u = plane_of(u), t.original = plane_of(original), t.pull = plane_of(pull);
   t.scale_in = plane_of(scale), t.zero_in = plane_of(zero);
   if (group) {
-    kept.push_back(torch::stable::contiguous(*group));
+    kept.push_back(contiguous_of(*group));
     t.group = static_cast<const int64_t*>(kept.back().const_data_ptr());
   }
   if (unit) {
-    kept.push_back(torch::stable::contiguous(*unit));
+    kept.push_back(contiguous_of(*unit));
     t.unit = static_cast<const float*>(kept.back().const_data_ptr());
   }
   t.batch = batch.items, t.rows = rows, t.cols = cols, t.groups = groups, t.group_size = group_size;

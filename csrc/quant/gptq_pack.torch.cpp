@@ -27,7 +27,7 @@ Tensor gptq_pack(const Tensor& codes_in, int64_t bits, bool transposed) {
   STD_TORCH_CHECK(codes_in.dim() >= 2, "gptq_pack: codes must have at least 2 dimensions, got ", codes_in.dim());
   STD_TORCH_CHECK(codes_in.scalar_type() == ScalarType::Byte, "gptq_pack: codes must be uint8");
   const Scope scope(codes_in);
-  const Tensor codes = torch::stable::contiguous(codes_in);
+  const Tensor codes = contiguous_of(codes_in);
   const Sizes sizes(codes);
   const int64_t rows = codes.size(-2), cols = codes.size(-1), packed = packed_cols(cols, bits);
   Tensor words = empty(codes, transposed ? sizes.shape(packed, rows) : sizes.shape(rows, packed), ScalarType::Int);
@@ -45,7 +45,7 @@ Tensor gptq_unpack(const Tensor& words_in, int64_t bits, int64_t cols, bool tran
   STD_TORCH_CHECK(cols >= 0 && packed == packed_cols(cols, bits), "gptq_unpack: ", cols, " codes of ", bits,
                   " bits need ", packed_cols(cols, bits), " words, got ", packed);
   const Scope scope(words_in);
-  const Tensor words = torch::stable::contiguous(words_in);
+  const Tensor words = contiguous_of(words_in);
   const Sizes sizes(words);
   Tensor codes = empty(words, sizes.shape(rows, cols), ScalarType::Byte);
   backend::gptq_unpack({static_cast<uint8_t*>(codes.mutable_data_ptr()),

@@ -23,10 +23,8 @@ void gptq_spread_(Tensor w, const Tensor& e_in, const Tensor& u, bool add, bool 
   STD_TORCH_CHECK(!base_in || (base_in->scalar_type() == type && base_in->dim() == 3 && base_in->size(0) == batch &&
                                base_in->size(1) == rows && base_in->size(2) == cols),
                   "gptq_spread_: base must be like w");
-  const Tensor base = !base_in                               ? w
-                      : cols <= 1 || base_in->stride(2) == 1 ? *base_in
-                                                             : torch::stable::contiguous(*base_in);
-  const Tensor e = depth <= 1 || e_in.stride(2) == 1 ? e_in : torch::stable::contiguous(e_in);
+  const Tensor base = !base_in ? w : cols <= 1 || base_in->stride(2) == 1 ? *base_in : contiguous_of(*base_in);
+  const Tensor e = depth <= 1 || e_in.stride(2) == 1 ? e_in : contiguous_of(e_in);
   cpu::gptq_spread(
       {w.mutable_data_ptr(), e.const_data_ptr(), u.const_data_ptr(), base_in ? base.const_data_ptr() : nullptr,
        w.stride(0), w.stride(1), e.stride(0), e.stride(1), u.stride(0), u.stride(1), u.stride(2), base.stride(0),

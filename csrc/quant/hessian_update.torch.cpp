@@ -20,7 +20,7 @@ Tensor update(const char* op, const Tensor& h_in, const Tensor& x_in, const Tens
   const Scope scope(h_in);
   same_device(h_in, x_in, op);
   same_device(h_in, n_seen_in, op);
-  const auto contiguous = [](const Tensor& t) { return torch::stable::contiguous(t); };
+  const auto contiguous = [](const Tensor& t) { return contiguous_of(t); };
   Tensor h = contiguous(h_in);
   const Tensor x = contiguous(x_in), n_seen = contiguous(n_seen_in);
   Tensor n_new = new_like(n_seen);

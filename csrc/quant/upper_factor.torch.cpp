@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> upper_factor(const Tensor& h_in, bool factore
   STD_TORCH_CHECK(h_in.dim() == 3 && h_in.size(1) == h_in.size(2), "upper_factor: h must have shape (b, n, n)");
   const int64_t batch = h_in.size(0), n = h_in.size(1);
   STD_TORCH_CHECK(n <= kMostUpperColumns, "upper_factor: h has more than ", kMostUpperColumns, " columns");
-  const Tensor h = n <= 1 || h_in.stride(2) == 1 ? h_in : torch::stable::contiguous(h_in);
+  const Tensor h = n <= 1 || h_in.stride(2) == 1 ? h_in : contiguous_of(h_in);
   Tensor factor = empty(h, {batch, n, n}, type), inverse = empty(h, {batch, n, n}, type);
   Tensor failed = empty(h, {batch}, ScalarType::Bool);
   bool* const flags = static_cast<bool*>(failed.mutable_data_ptr());

@@ -10,7 +10,7 @@ namespace {
 Tensor allocate_rollouts(const Tensor& p_in, int64_t budget, int64_t low, int64_t high, bool exact) {
   STD_TORCH_CHECK(p_in.dim() == 1 && p_in.scalar_type() == ScalarType::Double,
                   "allocate_rollouts: p must be float64 (prompts)");
-  const Tensor p = torch::stable::contiguous(p_in);
+  const Tensor p = contiguous_of(p_in);
   const int64_t prompts = p.numel();
   STD_TORCH_CHECK(low >= 1 && low <= high && high <= 65536, "allocate_rollouts: 1 <= low <= high <= 65536 must hold");
   STD_TORCH_CHECK(budget >= prompts * low, "allocate_rollouts: budget must be at least low * prompts = ", prompts * low,

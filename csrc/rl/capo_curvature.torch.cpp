@@ -49,13 +49,13 @@ Three capo_curvature_sgd(const Tensor& hidden_in, const Tensor& logp, const Tens
   const Scope scope(hidden_in);
   const ScalarType real = real_of(hidden_in);
   STD_TORCH_CHECK(hidden_in.dim() == 2, "capo_curvature_sgd: hidden must have 2 dimensions, got ", hidden_in.dim());
-  const Tensor hidden = torch::stable::contiguous(hidden_in);
+  const Tensor hidden = contiguous_of(hidden_in);
   const int64_t n = hidden.size(0);
   const auto column = [&](const Tensor& x, const char* name) {
     STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == n && x.scalar_type() == real, "capo_curvature_sgd: ", name,
                     " must have one number per token, of the dtype that goes with hidden");
     same_device(hidden, x, "capo_curvature_sgd: all tensors");
-    return torch::stable::contiguous(x);
+    return contiguous_of(x);
   };
   const Tensor l = column(logp, "logp"), p2 = column(sum_p2, "sum_p2"), p3 = column(sum_p3, "sum_p3"),
                a = column(advantages, "advantages");

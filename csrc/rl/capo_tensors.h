@@ -18,10 +18,10 @@ struct CapoInput {
             const Tensor& advantages_in)
       : real(real_of(hidden_in)),
         stored(element(hidden_in, "capo: hidden")),
-        hidden(torch::stable::contiguous(hidden_in)),
-        probs(torch::stable::contiguous(probs_in)),
-        action(torch::stable::contiguous(action_in)),
-        advantages(torch::stable::contiguous(advantages_in)) {
+        hidden(contiguous_of(hidden_in)),
+        probs(contiguous_of(probs_in)),
+        action(contiguous_of(action_in)),
+        advantages(contiguous_of(advantages_in)) {
     STD_TORCH_CHECK(hidden.dim() == 2 && probs.dim() == 2 && action.dim() == 1 && advantages.dim() == 1, op,
                     ": hidden and probs must have 2 dimensions, action_index and advantages 1");
     const int64_t n = hidden.size(0);
@@ -48,7 +48,7 @@ struct CapoRows {
   Tensor token_ids;
 
   CapoRows(const char* op, const CapoInput& in, const Tensor& ids, const Tensor& exp_avg, const Tensor& exp_avg_sq)
-      : token_ids(torch::stable::contiguous(ids)) {
+      : token_ids(contiguous_of(ids)) {
     STD_TORCH_CHECK(token_ids.dim() == 2 && token_ids.size(0) == in.probs.size(0) &&
                         token_ids.size(1) == in.probs.size(1) && token_ids.scalar_type() == ScalarType::Long,
                     op, ": token_ids must be int64, of the shape of probs");

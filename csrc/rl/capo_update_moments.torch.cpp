@@ -27,7 +27,7 @@ void capo_update_moments_(Tensor exp_avg, Tensor exp_avg_sq, const Tensor& hidde
   STD_TORCH_CHECK(mask_in.dim() == 1 && mask_in.size(0) == hidden.size(0) && mask_in.scalar_type() == ScalarType::Bool,
                   "capo_update_moments_: mask must be bool, with one entry per token");
   same_device(hidden, mask_in, "capo_update_moments_: all tensors");
-  const Tensor mask = torch::stable::contiguous(mask_in);
+  const Tensor mask = contiguous_of(mask_in);
   const CapoUpdate task{in.tokens(),
                         rows.ids(),
                         static_cast<const bool*>(mask.const_data_ptr()),

@@ -19,7 +19,7 @@ struct Column {
     if (!t.has_value()) return;
     STD_TORCH_CHECK(t->dim() == 1 && t->scalar_type() == type, name, " must be 1-D, of the type in the schema");
     same_device(like, *t, name);
-    kept = torch::stable::contiguous(*t);
+    kept = contiguous_of(*t);
     static const T nothing{};
     size = kept->size(0);
     data = size ? static_cast<const T*>(kept->const_data_ptr()) : &nothing;  // an empty one is given all the same
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> group_advantages(const Tensor& rewards_in, const Mayb
                                             double correction, double eps, double alpha) {
   STD_TORCH_CHECK(rule.size() == 7, "group_advantages: rule must have 7 entries, got ", rule.size());
   const Scope scope(rewards_in);
-  const Tensor rewards = torch::stable::contiguous(rewards_in);
+  const Tensor rewards = contiguous_of(rewards_in);
   const Columns columns(rewards, offsets, ids, strata, valid, weights, lengths);
   STD_TORCH_CHECK(!columns.strata.data || columns.ids.data, "group_advantages: strata needs ids");
   GroupTask t = task(rewards, columns, group_size, 0);
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> group_advantages(const Tensor& rewards_in, const Mayb
 Tensor segment_stats(const Tensor& x_in, const Maybe& offsets, const Maybe& ids, const Maybe& valid,
                      const Maybe& weights, int64_t num_groups) {
   const Scope scope(x_in);
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = contiguous_of(x_in);
   const Columns columns(x, offsets, ids, std::nullopt, valid, weights, std::nullopt);
   STD_TORCH_CHECK((columns.offsets.data != nullptr) != (columns.ids.data != nullptr),
                   "segment_stats: one of offsets and ids is needed");

@@ -9,7 +9,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> group_index(const Tensor& labels_in) {
   STD_TORCH_CHECK(labels_in.dim() == 1 && labels_in.scalar_type() == ScalarType::Long,
                   "group_index: labels must be 1-D and int64");
-  const Tensor labels = torch::stable::contiguous(labels_in);
+  const Tensor labels = contiguous_of(labels_in);
   const int64_t n = labels.size(0);
   Tensor ids = empty(labels, {n}, ScalarType::Long), order = empty(labels, {n}, ScalarType::Long);
   int64_t* to = static_cast<int64_t*>(ids.mutable_data_ptr());

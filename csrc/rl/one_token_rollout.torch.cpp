@@ -20,7 +20,7 @@ Tensor ids(const Tensor& x, const Tensor& logits, int64_t more, const char* name
   std::vector<int64_t> shape = shape_of(logits, logits.dim() - 1);
   if (more >= 0) shape.push_back(more);
   STD_TORCH_CHECK(shape_of(x, x.dim()) == shape, "one_token_rollout: ", name, " does not fit the shape of logits");
-  return torch::stable::contiguous(x);
+  return contiguous_of(x);
 }
 
 int64_t rows_of(const Tensor& logits) {
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> one_token_rollout(const Tensor& logits_in, co
   check_numbers(temperature, k);
   STD_TORCH_CHECK(seeds_in.has_value() == (k > 0), "one_token_rollout: seeds are for the sampled form, k > 0");
   const Scope scope(logits_in);
-  const Tensor logits = torch::stable::contiguous(logits_in);
+  const Tensor logits = contiguous_of(logits_in);
   const Tensor targets = ids(targets_in, logits, -1, "targets");
   std::vector<int64_t> shape = shape_of(logits, logits.dim() - 1);
   Tensor loss = empty(logits, shape, loss_type(logits));
@@ -72,8 +72,7 @@ Tensor one_token_rollout_backward(const Tensor& logits_in, const Tensor& targets
   const int64_t rows = rows_of(logits_in), k = samples_in.dim() ? samples_in.size(-1) : 0;
   check_numbers(temperature, k);
   const Scope scope(logits_in);
-  const Tensor logits = torch::stable::contiguous(logits_in), state = torch::stable::contiguous(state_in),
-               grad = torch::stable::contiguous(grad_in);
+  const Tensor logits = contiguous_of(logits_in), state = contiguous_of(state_in), grad = contiguous_of(grad_in);
   const Tensor targets = ids(targets_in, logits, -1, "targets"), samples = ids(samples_in, logits, k, "samples");
   same_device(logits, state, "one_token_rollout_backward: logits and state");
   same_device(logits, grad, "one_token_rollout_backward: logits and grad");

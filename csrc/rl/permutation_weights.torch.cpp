@@ -13,8 +13,8 @@ Tensor permutation_weights(const Tensor& logp_in, const Tensor& cu_seqlens_in, c
   }
   STD_TORCH_CHECK(logp_in.dim() == 1, "permutation_weights: logp must have 1 dimension, got ", logp_in.dim());
   const Scope scope(logp_in);
-  const Tensor logp = torch::stable::contiguous(logp_in), cu_seqlens = torch::stable::contiguous(cu_seqlens_in),
-               offsets = torch::stable::contiguous(offsets_in);
+  const Tensor logp = contiguous_of(logp_in), cu_seqlens = contiguous_of(cu_seqlens_in),
+               offsets = contiguous_of(offsets_in);
   const int64_t answers = cu_seqlens.size(0) - 1;
   const Element stored = element(logp, "permutation_weights: logp");
   Tensor weights = empty(logp, {answers}, stored == Element::f64 ? ScalarType::Double : ScalarType::Float);

@@ -13,7 +13,7 @@ Tensor run(const Tensor& scores_in, const Tensor& permutation_in, bool gradient)
   STD_TORCH_CHECK(permutation_in.scalar_type() == ScalarType::Long, "plackett_luce_logprob: permutation must be int64");
   same_device(scores_in, permutation_in, "plackett_luce_logprob: scores and permutation");
   const Scope scope(scores_in);
-  const Tensor scores = torch::stable::contiguous(scores_in), permutation = torch::stable::contiguous(permutation_in);
+  const Tensor scores = contiguous_of(scores_in), permutation = contiguous_of(permutation_in);
   std::vector<int64_t> shape(size_t(scores.dim() - 1));
   int64_t rows = 1;
   for (size_t i = 0; i < shape.size(); ++i) {

@@ -9,7 +9,7 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-MaybeTensor contiguous(const MaybeTensor& x) { return x ? MaybeTensor(torch::stable::contiguous(*x)) : std::nullopt; }
+MaybeTensor contiguous(const MaybeTensor& x) { return x ? MaybeTensor(contiguous_of(*x)) : std::nullopt; }
 template <class T>
 const T* pointer(const MaybeTensor& x) {
   return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> policy_loss(const Tensor& logp_in, const MaybeTensor&
                                   offsets_in->scalar_type() == ScalarType::Long),
                   "policy_loss: cu_seqlens must be (S + 1,) of int64");
   const Scope scope(logp_in);
-  const Tensor logp = torch::stable::contiguous(logp_in);
+  const Tensor logp = contiguous_of(logp_in);
   const Element e = element(logp, "policy_loss: logp");
   const ScalarType computing = e == Element::f64 ? ScalarType::Double : ScalarType::Float;
   const int64_t tokens = logp.numel(), sequences = offsets_in ? offsets_in->numel() - 1 : logp.size(0);

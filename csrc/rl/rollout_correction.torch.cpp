@@ -34,10 +34,9 @@ std::tuple<Tensor, Tensor> rollout_correction(const Tensor& old_in, const Tensor
   STD_TORCH_CHECK(sequences > 0 || tokens == 0, "rollout_correction: cu_seqlens must end with the number of tokens");
 
   const Scope scope(old_in);
-  const Tensor old_logp = torch::stable::contiguous(old_in), rollout = torch::stable::contiguous(rollout_in);
-  const std::optional<Tensor> offsets =
-                                  offsets_in ? std::optional(torch::stable::contiguous(*offsets_in)) : std::nullopt,
-                              mask = mask_in ? std::optional(torch::stable::contiguous(*mask_in)) : std::nullopt;
+  const Tensor old_logp = contiguous_of(old_in), rollout = contiguous_of(rollout_in);
+  const std::optional<Tensor> offsets = offsets_in ? std::optional(contiguous_of(*offsets_in)) : std::nullopt,
+                              mask = mask_in ? std::optional(contiguous_of(*mask_in)) : std::nullopt;
   Tensor weights = new_like(old_logp);
   const std::vector<int64_t> shape =
       offsets ? std::vector<int64_t>{tokens} : std::vector<int64_t>{old_logp.size(0), old_logp.size(1)};

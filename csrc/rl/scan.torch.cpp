@@ -58,7 +58,7 @@ class Arguments {
  private:
   const Tensor& keep(const Tensor& x) {
     if (!kept_.empty()) same_device(first(), x, op_);
-    kept_.push_back(torch::stable::contiguous(x));
+    kept_.push_back(contiguous_of(x));
     return kept_.back();
   }
   const void* checked(const Tensor& x, const char* name, bool per_row) {

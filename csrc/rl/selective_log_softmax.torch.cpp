@@ -25,7 +25,7 @@ Tensor checked(const Tensor& x, const Tensor& logits, const Shape& rows, bool in
                   "selective_log_softmax: ", name, " must have the leading sizes of logits",
                   inner ? " and one dimension more" : "");
   same_device(logits, x, "selective_log_softmax: all tensors");
-  return torch::stable::contiguous(x);
+  return contiguous_of(x);
 }
 
 const double* doubles(const Maybe& x) { return x ? static_cast<const double*>(x->const_data_ptr()) : nullptr; }
@@ -45,7 +45,7 @@ struct Inputs {
     STD_TORCH_CHECK(temperature > 0 && softcap >= 0,
                     "selective_log_softmax: temperature must be positive, softcap positive or 0");
     rows_shape = shape_of(logits, logits.dim() - 1);
-    logits = torch::stable::contiguous(logits);
+    logits = contiguous_of(logits);
     index = checked(index, logits, rows_shape, true, ScalarType::Long, "index");
     for (const int64_t n : rows_shape) rows *= n;
     cols = logits.size(-1), targets = index.size(-1);

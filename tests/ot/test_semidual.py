@@ -82,6 +82,17 @@ def test_any_shape_and_any_start(n, m, k, reg, seed, dtype, offset):
                                                      (out[1], out[3], out[2].to_dense()), strict=True))
 
 
+@pytest.mark.parametrize("n, m", [(200, 70), (90, 1100), (1000, 130)])
+def test_a_start_from_far_off(n, m):
+    """Its thresholds let too many entries through: the scan by them is given up on the way, and made anew."""
+    alpha, M, a, b = problem(n, m, dtype=torch.float32)
+    for k in (4, None):
+        out = semidual(alpha, M, a, b, 0.3, k)
+        for shift in (-1e3, 1e3, 1e9):
+            warm = semidual(alpha, M, a, b, 0.3, k, warm=(alpha + shift, out[2], out[3] - shift))
+            same(warm, out, 0)
+
+
 def test_columns_sum_to_b_and_hold_few(backend):
     device, ops = backend
     alpha, M, a, b = problem(300, 40, dtype=torch.float32)
