@@ -354,11 +354,12 @@ struct Engine {
 }  // namespace
 
 const NewtonSchulzEngine& GRADOPS_ISA::newton_schulz_bf16(Element element, int parts) {
-#if !defined(GRADOPS_LEVEL_amx) && !defined(GRADOPS_LEVEL_amx_twin)
+#if defined(GRADOPS_LEVEL_v4_bf16)
   if (parts == 1) return newton_schulz_pairs(element);
+#else
+  if (parts == 1) return element == Element::bf16 ? Engine<1, Element::bf16>::engine : Engine<1, Element::f32>::engine;
 #endif
-  if (element == Element::bf16) return parts == 2 ? Engine<2, Element::bf16>::engine : Engine<1, Element::bf16>::engine;
-  return parts == 2 ? Engine<2, Element::f32>::engine : Engine<1, Element::f32>::engine;
+  return element == Element::bf16 ? Engine<2, Element::bf16>::engine : Engine<2, Element::f32>::engine;
 }
 
 }  // namespace gradops

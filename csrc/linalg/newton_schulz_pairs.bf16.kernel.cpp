@@ -17,6 +17,8 @@
 #include "linalg/bf16_pack.h"
 #include "linalg/newton_schulz.h"
 
+#if defined(GRADOPS_LEVEL_v4_bf16)  // the other levels have a tile unit
+
 namespace gradops {
 namespace {
 
@@ -389,3 +391,4 @@ const NewtonSchulzEngine& GRADOPS_ISA::newton_schulz_pairs(Element element) {
 }
 
 }  // namespace gradops
+#endif

@@ -253,6 +253,8 @@ try:
 except ValueError as error:
     assert "exactly one rank" in str(error)
 close(linear_logprob(x, torch.ones(5, 8), torch.tensor([9]), group=group), -torch.tensor([10.0]).log(), 1e-6)
+dist.barrier()
+dist.destroy_process_group()  # a process that ends with gloo's threads running may be aborted by them
 """
 
 
@@ -263,7 +265,8 @@ def test_vocabulary_over_two_processes(tmp_path):
         exec(PARALLEL.format(rank=0, store=tmp_path / "store"), {})
     finally:
         errors = other.communicate(timeout=60)[1]
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     assert other.returncode == 0, errors
 
 
