@@ -305,3 +305,11 @@ def test_bad_input():
     costs[1, 2, 3] = torch.nan
     with pytest.raises(ValueError, match=r"M must not hold NaN or -inf in problem \(1,\)"):
         entropic(costs)
+    costs[1] = torch.nan  # nothing but NaN looks as if nothing were allowed
+    with pytest.raises(ValueError, match=r"M must not hold NaN or -inf in problem \(1,\)"):
+        entropic(costs)
+    x, y = torch.full((3, 2), torch.nan), torch.ones(4, 2)
+    for points in ((x, y), (y, x)):
+        with pytest.raises(ValueError, match="x and y must not hold NaN"):
+            entropic(None, x=points[0], y=points[1])
+    assert entropic(torch.full((3, 4), torch.inf)).status == "infeasible"

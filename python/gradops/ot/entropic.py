@@ -104,12 +104,24 @@ def entropic(M: Tensor | None = None, a: Tensor | None = None, b: Tensor | None 
     assert left is not None
     value, alpha, beta, report = _entropic(left, right, a, b, alpha0, *lengths, float(reg), float(tol), int(max_iter))
     dual_value, gap, marginal_err, n_iter, code = report.unbind(-1)
-    if may_look(code) and (code == STATUS.index("invalid")).any():
-        item = tuple((code == STATUS.index("invalid")).nonzero()[0].tolist())
-        raise ValueError(_fault(item, costs, a, b, alpha0, lengths))
+    if may_look(code) and (code >= STATUS.index("infeasible")).any():
+        wrong = (code == STATUS.index("invalid")) | ((code == STATUS.index("infeasible")) & _nan(costs, a, b, lengths))
+        if wrong.any():
+            raise ValueError(_fault(tuple(wrong.nonzero()[0].tolist()), costs, a, b, alpha0, lengths))
     plan = DensePlan(left.detach(), None if right is None else right.detach(), alpha, beta, float(reg))
     return OTResult(plan, value, dual_value, gap, marginal_err, torch.zeros_like(dual_value), Potentials(alpha, beta),
                     n_iter.to(torch.int64), code.to(torch.int64))
+
+
+def _nan(costs: Costs, a: Tensor, b: Tensor, lengths: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """Whether a cost that counts is NaN. Of a column of nothing else a solver only sees that nothing is finite."""
+    rows, columns = (
+        (w > 0) if length is None else (w > 0) & (torch.arange(w.shape[-1]) < length[..., None])
+        for w, length in zip((a, b), lengths, strict=True))
+    if costs.M is not None:
+        return (costs.M.isnan() & rows[..., None] & columns[..., None, :]).any(-1).any(-1)
+    assert costs.x is not None and costs.y is not None
+    return (costs.x.isnan().any(-1) & rows).any(-1) | (costs.y.isnan().any(-1) & columns).any(-1)
 
 
 def _fault(item: tuple[int, ...], costs: Costs, a: Tensor, b: Tensor, alpha0: Tensor | None,
