@@ -29,11 +29,25 @@ int64_t warm_bounds(const SemidualColumns& t, int64_t begin, int64_t end) {
     const int64_t* rows = t.warm_index + j * t.warm_width;
     const double *weight = t.warm_weight + j * t.warm_width, tau = t.warm_tau[j];
     double sum = 0, least = kInfinity;
-    int64_t used = 0;
-    for (; used < most && (used == 0 || weight[used] > 0) && uint64_t(rows[used]) < uint64_t(n); ++used) {
-      const double by = moved[rows[used]], gain = t.reg * weight[used] + by;
+    int64_t used = 0, r = 0;
+#if defined(__AVX512F__)
+    for (; r + W <= most; r += W) {  // one by one, each waits for the one before
+      const __m512d mass = (__m512d)load_anywhere(weight + r);
+      __mmask8 there = __mmask8(_mm512_cmp_pd_mask(mass, _mm512_setzero_pd(), _CMP_GT_OQ) | (r == 0));
+      there = _mm512_mask_cmplt_epu64_mask(there, _mm512_loadu_si512(rows + r), _mm512_set1_epi64(n));
+      const auto by_row = [&](int l) { return moved[there >> l & 1 ? rows[r + l] : 0]; };
+      const __m512d by =
+          _mm512_setr_pd(by_row(0), by_row(1), by_row(2), by_row(3), by_row(4), by_row(5), by_row(6), by_row(7));
+      sum += _mm512_mask_reduce_add_pd(there, by);
+      least = lesser(_mm512_mask_reduce_min_pd(there, t.reg * mass + by), least);
+      used += __builtin_popcount(there);
+    }
+#endif
+    for (; r < most && (r == 0 || weight[r] > 0) && uint64_t(rows[r]) < uint64_t(n); ++r) {
+      const double by = moved[rows[r]], gain = t.reg * weight[r] + by;
       sum += by;
       least = lesser(gain, least);
+      ++used;
     }
     all += used;
     const double mean = tau + sum / double(used), all_of_them = used == t.max_nz ? tau + least : -kInfinity;
@@ -93,6 +107,10 @@ Found sorted(const Doubles* x, int64_t slots, int64_t max_nz, Doubles scaled) {
       Doubles next[8];
       for (int r = 0; r < 8; ++r) next[r] = x[s + r];
       sort_eight(next);
+      if (s == 0) {
+        for (int r = 0; r < 8; ++r) top[r] = next[r];
+        continue;
+      }
       for (int r = 0; r < 8; ++r) top[kRanks - 1 - r] = greater(top[kRanks - 1 - r], next[r]);
       sort_bitonic<kRanks>(top);
     }

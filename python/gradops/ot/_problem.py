@@ -28,7 +28,8 @@ class Costs(NamedTuple):
     def size(self) -> tuple[int, int]:
         """n and m"""
         if self.M is not None:
-            return self.M.shape[-2], self.M.shape[-1]
+            n, m = self.M.shape[-2:]
+            return n, m
         assert self.x is not None and self.y is not None
         return self.x.shape[-2], self.y.shape[-2]
 
@@ -56,7 +57,7 @@ def check_costs(M: Tensor | None, x: Tensor | None, y: Tensor | None, metric: st
     check_one_of(metric, "metric", ("sqeuclidean",))
     if (M is None) == (x is None and y is None):
         raise ValueError("the costs must be given either as M or as points x and y")
-    for name, t in [("M", M)] if M is not None else [("x", x), ("y", y)]:
+    for name, t in (("M", M),) if M is not None else (("x", x), ("y", y)):
         check_floating(t, name)
         assert t is not None
         if t.dim() < 2:
@@ -74,9 +75,10 @@ def check_costs(M: Tensor | None, x: Tensor | None, y: Tensor | None, metric: st
 def check_weights(t: Tensor, name: str, size: int, costs: Costs) -> None:
     """t must be a floating-point tensor (..., size) where the costs are."""
     check_floating(t, name)
-    if t.dim() < 1 or t.shape[-1] != size:
+    shape = t.shape
+    if not shape or shape[-1] != size:
         raise ValueError(f"{name} must have shape (..., {size}) for costs of {' x '.join(map(str, costs.size))}, got "
-                         f"{tuple(t.shape)}")
+                         f"{tuple(shape)}")
     check_device(t, name, costs.first, "the costs")
 
 

@@ -102,10 +102,13 @@ def semidual(
     check_max_nz(max_nz)
     if width is not None and width < 1:
         raise ValueError(f"width must be at least 1, or None, got {width}")
-    batch = common_batch(alpha.shape[:-1], a.shape[:-1], b.shape[:-1], *costs.batches)
+    alpha, a, b = _double(alpha), _double(a), _double(b)
+    batch: tuple[int, ...] = ()
+    if not (M is not None and M.dim() == 2 and alpha.dim() == a.dim() == b.dim() == 1):  # one problem: next to no time
+        batch = common_batch(alpha.shape[:-1], a.shape[:-1], b.shape[:-1], *costs.batches)
+        costs = Costs(*(t if t is None else in_batch(t, batch, 2) for t in costs))
+        alpha, a, b = (in_batch(t, batch, 1) for t in (alpha, a, b))
     state = _state(warm, batch, n, m)
-    costs = Costs(*(t if t is None else in_batch(t, batch, 2) for t in costs))
-    alpha, a, b = (in_batch(t if t.dtype == torch.float64 else t.double(), batch, 1) for t in (alpha, a, b))
     most = n if max_nz is None else min(max_nz, n)
     open_width = width < most if width is not None else most == n  # columns may need more slots than these
     known = open_width and all(may_look(t) for t in (alpha, a, b, *costs.tensors))
@@ -126,6 +129,10 @@ def semidual(
     return value, grad, SparsePlan(index, weight, (*batch, n, m)), tau
 
 
+def _double(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.double()
+
+
 def _state(warm: tuple[Tensor, SparsePlan, Tensor] | None, batch: tuple[int, ...], n: int, m: int
            ) -> tuple[Tensor | None, ...]:
     """The tensors of `warm`, which carry no derivative."""
@@ -139,7 +146,7 @@ def _state(warm: tuple[Tensor, SparsePlan, Tensor] | None, batch: tuple[int, ...
     weight = plan.values
     if needs_derivative(alpha, weight, tau):
         alpha, weight, tau = alpha.detach(), weight.detach(), tau.detach()
-    return alpha if alpha.dtype == torch.float64 else alpha.double(), plan.indices, weight, tau
+    return _double(alpha), plan.indices, weight, tau
 
 
 @torch.compiler.allow_in_graph
