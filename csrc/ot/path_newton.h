@@ -18,13 +18,17 @@ GRADOPS_TEAM NewtonVectors newton_vectors(const TransportState& s) {
 
 enum class NewtonEnd { reached, limit, stalled, overflow };
 
-// Raises D at this reg from v.alpha, whose evaluation is s.now, until |grad|_1 <= goal. mu: Levenberg and Marquardt's
-// damping relative to the residual.
+// Raises D at this reg from v.alpha, whose evaluation is s.now, until |grad|_1 <= goal, or rounding alone decides about
+// the steps. mu: Levenberg and Marquardt's damping relative to the residual.
 template <class Team>
 GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s, double reg, double goal, double& mu) {
   const int64_t n = t.cost.n;
   const NewtonVectors v = newton_vectors(s);
+  constexpr int kPatience = 40;
+  int idle = 0;  // steps in a row that neither raised D, beyond rounding, nor lowered the residual
+  double least = s.now.residual;
   while (s.now.residual > goal) {
+    if (idle > kPatience && (s.now.residual <= 2 * least || idle > 10 * kPatience)) return NewtonEnd::stalled;
     const Evaluation& e = s.now;
     laplacian_degree(team, t, s, e, v.degree);
     const double relative = e.residual / s.mass, mean = team.sum(n, [&](int64_t i) { return v.degree[i]; }) / double(n);
@@ -55,6 +59,8 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
       const double rise = s.trial.value - e.value, size = __builtin_fabs(e.value) + s.mass * s.spread;
       ascends = change >= 0 || rise >= 1e-4 * gain + 1e-15 * size ||
                 (__builtin_fabs(change) <= .5 * gain && __builtin_fabs(rise) <= 1e-14 * size);
+      idle = s.trial.residual < .9 * least || __builtin_fabs(rise) > 1e-14 * size ? 0 : idle + 1;
+      least = s.trial.residual < least ? s.trial.residual : least;
       if (ascends) break;
       if (mu > 1e12) return NewtonEnd::stalled;
       mu *= 4;
@@ -109,7 +115,7 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
   const int64_t n = t.cost.n, m = t.cost.m;
   const NewtonVectors v = newton_vectors(s);
   start_alpha(team, t, s, v.alpha);
-  constexpr double kRatio = 4, kInner = 0.1, kStart = 0.01, kNear = 0.3;
+  constexpr double kRatio = 4, kStart = 0.01, kNear = 0.3;
   bool ready = false;  // s.now is the evaluation at v.alpha and reg
   if (t.alpha0) {      // worth more than a path only if it is near
     team.each(n, [&](int64_t i) { v.next[i] = t.a[i] > 0 ? t.alpha0[i] : kNever; });
@@ -124,6 +130,9 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
   double reg = t.reg;
   for (; !ready && reg < far; reg *= kRatio) ++stages;
   double mu = 0.1, tol = t.tol;
+  // Supports that are far from those of their reg make the next stages hard: where one takes long, the path is followed
+  // more closely from there on.
+  double inner = 0.01;
   NewtonEnd end = NewtonEnd::reached;
   for (bool cold = true;; --stages, reg /= kRatio) {
     if (!ready && !evaluate(team, t, s, v.alpha, reg, s.now)) {
@@ -134,7 +143,9 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
     ready = cold = false;
     if (unreachable(team, t, s.now)) return give_up(team, t, s, TransportStatus::infeasible);
     mu = 0.1;
-    end = ascend(team, t, s, reg, s.mass * (stages > 0 ? kInner : tol), mu);
+    const int64_t before = s.evaluations;
+    end = ascend(team, t, s, reg, s.mass * (stages > 0 ? inner : tol), mu);
+    if (s.evaluations - before > 4 && inner > 2e-3) inner /= 4;
     if (end == NewtonEnd::overflow) return give_up(team, t, s, TransportStatus::overflow);
     if (end != NewtonEnd::reached || stages == 0) break;
     predict(team, t, s, reg, reg / kRatio);
@@ -144,14 +155,20 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
     if (!evaluate(team, t, s, v.alpha, reg, s.now)) return give_up(team, t, s, TransportStatus::overflow);
   }
   Certificate found = certify(team, t, s, v.alpha, s.now);
+  // The gap is relative to the value; to a thousandth of what the costs could make it where the optimum is nearer to
+  // their minimum than that: rounding would hide more.
+  const auto proven = [&] {
+    const double least = 1e-3 * s.mass * s.spread, size = found.primal > least ? found.primal : least;
+    return found.gap * found.primal <= t.gap_tol * size;
+  };
   // The marginals may hold before the value does; Newton is fast here.
-  while (end == NewtonEnd::reached && found.gap > t.gap_tol && tol > 1e-14) {
+  while (end == NewtonEnd::reached && !proven() && tol > 1e-14) {
     tol /= 4, mu = 1e-3;
     end = ascend(team, t, s, reg, s.mass * tol, mu);
     if (end == NewtonEnd::overflow) return give_up(team, t, s, TransportStatus::overflow);
     found = certify(team, t, s, v.alpha, s.now);
   }
-  const bool met = s.now.residual <= s.mass * t.tol && found.gap <= t.gap_tol;
+  const bool met = s.now.residual <= s.mass * t.tol && proven();
   finish(team, t, s, v.alpha, s.now, found,
          met                       ? TransportStatus::converged
          : end == NewtonEnd::limit ? TransportStatus::iteration_limit

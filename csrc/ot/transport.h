@@ -14,7 +14,7 @@
 namespace gradops {
 
 enum class TransportStatus : int {
-  converged,        // marginal error <= tol, and for max_nz = 0 gap <= gap_tol
+  converged,        // marginal error <= tol, and for max_nz = 0 the gap is small enough (ot/path_newton.h)
   iteration_limit,  // max_iter evaluations
   stalled,          // no step ascends any more: rounding, or an unbounded dual
   stagnated,        // max_nz: the dual value stopped rising, the row marginals are not met

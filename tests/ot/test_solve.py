@@ -131,6 +131,33 @@ def test_ties():
     torch.testing.assert_close(result.plan.to_dense(), torch.full((6, 9), 1 / 54, dtype=torch.float64))
 
 
+def whole_numbers(seed=0, n=64, m=128):
+    return torch.randint(4, (n, m), generator=torch.Generator().manual_seed(seed)).double()
+
+
+@pytest.mark.parametrize("reg", [10, 1, 0.1])
+def test_an_optimum_next_to_the_least_cost(reg):
+    """Whole numbers as costs leave mass nearly nothing to pay: rounding hides more than 1e-9 of that."""
+    M, a, b = whole_numbers(), weights("random", 64), weights("random", 128, 1)
+    result = solve(M, a, b, reg=reg)
+    assert result.status == "converged" and result.marginal_err <= 1e-6 and result.n_iter < 60
+    assert 0 <= result.value - result.dual_value + 1e-15 <= 1e-12 * 3
+
+
+def test_stops_where_rounding_decides():
+    M, a, b = whole_numbers(), weights("random", 64), weights("random", 128, 1)
+    result = solve(M, a, b, reg=1e-5)
+    assert result.status == "stalled" and result.marginal_err <= 1e-6 and result.n_iter < 200
+
+
+@pytest.mark.parametrize("kind, n, m", [("gauss", 40, 300), ("clustered", 128, 128), ("uniform", 200, 90)])
+def test_next_to_unregularised(kind, n, m):
+    M = costs(kind, n, m, 1)
+    result = solve(M, reg=1e-4)
+    assert_solved(result, M, *(torch.full((k,), 1 / k, dtype=torch.float64) for k in (n, m)), 1e-4)
+    assert result.n_iter < 300
+
+
 def test_zero_weights_keep_potentials_of_the_dual():
     M, a, b = costs("gauss", 20, 25), weights("zero", 20), weights("zero", 25, 1)
     result = solve(M, a, b, reg=0.1)

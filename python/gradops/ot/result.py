@@ -52,9 +52,11 @@ class OTResult:
     def status(self) -> Any:
         """A name per problem, in lists nested like the batch. Waits for the device.
 
-        ``"converged"``: the marginals hold to ``tol``, and the gap to ``tol / 1000``.
+        ``"converged"``: the marginals hold to ``tol``, and ``value - dual_value`` to ``tol / 1000`` of the value with
+        costs counted from their minimum, or of a thousandth of their spread times the mass if that is more.
         ``"iteration_limit"``: ``max_iter`` evaluations were not enough; the numbers hold for where it stopped.
-        ``"stalled"``: nothing raised the dual any more; rounding, or costs masked so that no plan exists.
+        ``"stalled"``: nothing raised the dual any more; rounding, or costs masked so that no plan exists. What was
+        reached by then, ``marginal_err`` and ``gap`` say.
         ``"stagnated"``: ``max_nz`` only: the dual stopped rising, and the marginals are off by ``marginal_err``.
         ``"infeasible"``: a row or a column with mass has no finite cost. NaN everywhere.
         ``"invalid"``: bad numbers, on CUDA only; the CPU raises. NaN everywhere.

@@ -67,10 +67,11 @@ def _one(M: Tensor, a: Tensor, b: Tensor, reg: float, max_nz: int | None, tol: f
         R, met = rounded(at.T, left, right, C.isfinite())
         value = float((R * C)[R > 0].sum() + reg / 2 * (R**2).sum()) if met else torch.inf
         gap = (value - at.value) / max(abs(value), 1e-300) if met else torch.inf
-        if bounded or gap <= tol * 1e-3:
+        proven = gap * value <= tol * 1e-3 * max(value, 1e-3 * mass * float(C[C.isfinite()].max()))
+        if bounded or proven:
             break
     error = float(at.gradient.abs().sum()) / mass
-    good = error <= tol and (bounded or gap <= tol * 1e-3)
+    good = error <= tol and (bounded or proven)
     status = "converged" if good else "stagnated" if bounded else "iteration_limit" if calls >= max_iter else "stalled"
     T, potentials = torch.zeros_like(M), torch.empty_like(a)
     T[rows.nonzero(), cols.nonzero()[:, 0]] = at.T
