@@ -1,8 +1,8 @@
 // path_newton.h: quadratically regularised transport by continuation in reg and damped semismooth Newton in the
 // semi-dual, with conjugate gradients. For any Team; local to the includer.
 #pragma once
+#include "ot/components.h"
 #include "ot/frame.h"
-#include "ot/laplacian.h"
 
 namespace gradops {
 namespace {
@@ -25,8 +25,17 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
   const int64_t n = t.cost.n;
   const NewtonVectors v = newton_vectors(s);
   constexpr int kPatience = 40;
+  // What a row may lack without being looked after: together no more than an eighth of the goal. Of rows of next to no
+  // mass, each pulled up to take it, many would take much more than theirs after the next step.
+  const double little = goal / (8 * double(n));
   int idle = 0;  // steps in a row that neither raised D, beyond rounding, nor lowered the residual
   double least = s.now.residual;
+  const auto take = [&] {  // what was tried
+    team.each(n, [&](int64_t i) { v.alpha[i] = v.next[i]; });
+    const Evaluation accepted = s.trial;
+    s.trial = s.now;
+    s.now = accepted;
+  };
   while (s.now.residual > goal) {
     if (idle > kPatience && (s.now.residual <= 2 * least || idle > 10 * kPatience)) return NewtonEnd::stalled;
     const Evaluation& e = s.now;
@@ -34,10 +43,10 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
     const double relative = e.residual / s.mass, mean = team.sum(n, [&](int64_t i) { return v.degree[i]; }) / double(n);
     // A row in no support has no curvature: it takes its exact step alone, and must not stop conjugate gradients.
     team.each(n, [&](int64_t i) { v.rhs[i] = v.degree[i] > 0 ? reg * e.grad[i] : 0.; });
-    const double lone = team.sum(n, [&](int64_t i) { return v.degree[i] == 0 && t.a[i] > 0 ? 1. : 0.; });
+    const double lone = team.sum(n, [&](int64_t i) { return v.degree[i] == 0 && t.a[i] > little ? 1. : 0.; });
     double gain = 0, change = 0;
-    bool ascends = false;
-    while (!ascends) {
+    bool ascends = false, raised = false;
+    while (!ascends && !raised) {
       if (s.evaluations >= t.max_iter) return NewtonEnd::limit;
       const double lam = mu * (relative < 1 ? relative : 1) * (mean > 1 ? mean : 1);
       const double rtol = relative < 0.01 ? __builtin_sqrt(relative) : 0.1;
@@ -47,7 +56,7 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
       s.newton += 1;
       if (lone > 0)
         team.columns(n, 1 + int64_t(lone * double(t.cost.m) / double(n)), [&](int64_t i, const auto& lanes) {
-          if (v.degree[i] > 0 || !(t.a[i] > 0)) return;
+          if (v.degree[i] > 0 || !(t.a[i] > little)) return;
           const double alpha = row_update(lanes, t, s, e, reg, i);
           lanes.once([&] { v.step[i] = alpha - v.alpha[i]; });
         });
@@ -64,6 +73,16 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
       if (ascends) break;
       if (mu > 1e12) return NewtonEnd::stalled;
       mu *= 4;
+      // Perhaps it went astray where there is no curvature.
+      if (!raise_components(team, t, s, e, reg, little, v.alpha, v.cg, v.step)) continue;
+      team.each(n, [&](int64_t i) { v.next[i] = v.alpha[i] + v.step[i]; });
+      if (!evaluate(team, t, s, v.next, reg, s.trial)) return NewtonEnd::overflow;
+      raised = s.trial.value > e.value;
+      if (s.trial.value - e.value > 1e-14 * size) idle = 0;
+    }
+    if (raised) {
+      take();
+      continue;
     }
     // How much of what the model promised was gained, by the trapezoid of the slopes, without the lone rows.
     laplacian_apply(team, t, s, e, v.degree, 0., v.step, v.cg.product);
@@ -76,10 +95,7 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
       mu = mu / 4 > 1e-10 ? mu / 4 : 1e-10;
     else if (ratio < .1)
       mu *= 2;
-    team.each(n, [&](int64_t i) { v.alpha[i] = v.next[i]; });
-    const Evaluation accepted = s.trial;
-    s.trial = s.now;
-    s.now = accepted;
+    take();
   }
   return NewtonEnd::reached;
 }

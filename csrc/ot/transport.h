@@ -92,6 +92,7 @@ struct TransportState {
   int64_t list_work;         // about how long a list is
   double scanned;            // columns
   int64_t newton, products;  // steps tried, products with the Laplacian
+  int32_t* component;        // n + m: ot/components.h
   double* rows[10];          // vectors of n for the algorithm
   double* columns[4];        // vectors of m; the last is b
 };
@@ -141,6 +142,7 @@ GRADOPS_TEAM void plan_state(Carve& carve, const Transport& t, int64_t pieces, T
   plan_evaluation(carve, t, s.trial);
   s.pieces = pieces;
   s.scatter = carve.take<double>(pieces * n);
+  s.component = carve.take<int32_t>(n + m);
   for (double*& row : s.rows) row = carve.take<double>(n);
   for (double*& column : s.columns) column = carve.take<double>(m);
 }
@@ -151,6 +153,7 @@ GRADOPS_TEAM void plan_state(Carve& carve, const Transport& t, int64_t pieces, T
 //   begin, start_alpha, unreachable, row_update, finish, give_up   ot/frame.h
 //   evaluate      value, grad, tau and the plan at alpha           ot/evaluate.h
 //   laplacian_degree, laplacian_apply, conjugate_gradients         ot/laplacian.h
+//   raise_components                                               ot/components.h
 //   certify                                                        ot/certificate.h
 // Two evaluations may be kept, s.now and s.trial; more need memory of their own (plan_evaluation).
 

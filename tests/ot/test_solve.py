@@ -158,6 +158,36 @@ def test_next_to_unregularised(kind, n, m):
     assert result.n_iter < 300
 
 
+def bumps(size, seed):
+    """Weights of a picture of a few soft spots: down to 1e-60 of the largest."""
+    g = torch.Generator().manual_seed(seed)
+    pixels = torch.cartesian_prod(*[torch.arange(size, dtype=torch.float64)] * 2)
+    at, width = torch.rand(3, 2, generator=g) * size, size * (0.05 + 0.15 * torch.rand(3, generator=g))
+    w = torch.exp(-torch.cdist(pixels, at.double()).square() / (2 * width.double() ** 2)).sum(1)
+    return w / w.sum(), pixels
+
+
+@pytest.mark.parametrize("reg", [10, 1, 0.1, 0.01])
+@pytest.mark.parametrize("case", ["histogram", "picture", "power"])
+def test_weights_of_many_sizes(case, reg):
+    """Next to nothing weighs next to nothing: neither such rows nor whole components of them may lead a step astray."""
+    if case == "histogram":  # POT's first example
+        x = torch.arange(100, dtype=torch.float64)
+        a, b = (torch.exp(-((x - mean) / scale).square() / 2) for mean, scale in ((20, 5), (60, 10)))
+        a, b, M = a / a.sum(), b / b.sum(), (x[:, None] - x).square()
+        M = M / M.max()
+    elif case == "picture":
+        (a, pixels), (b, _) = bumps(12, 0), bumps(12, 1)
+        M = torch.cdist(pixels, pixels).square()
+        M = M / M.max()
+    else:
+        M, a, b = costs("gauss", 120, 90), weights("random", 120).pow(8), weights("random", 90, 1).pow(8)
+        a, b = a / a.sum(), b / b.sum()
+    result = solve(M, a, b, reg=reg)
+    assert_solved(result, M, a, b, reg)
+    assert result.n_iter < 400
+
+
 def test_zero_weights_keep_potentials_of_the_dual():
     M, a, b = costs("gauss", 20, 25), weights("zero", 20), weights("zero", 25, 1)
     result = solve(M, a, b, reg=0.1)

@@ -1,0 +1,66 @@
+// components.h: rows and columns that share mass are the connected components of a graph. A common shift of one's
+// potentials moves no mass inside it, so that a model of second order sees no end to the rise of one whose rows lack
+// mass. There is one: where the columns of another component begin to give. For any Team; local to the includer.
+#pragma once
+#include "ot/laplacian.h"
+
+namespace gradops {
+namespace {
+
+GRADOPS_TEAM int32_t root_of(int32_t* parent, int32_t i) {
+  while (parent[i] != i) i = parent[i] = parent[parent[i]];
+  return i;
+}
+
+// s.component: for every row the row that stands for its component, then for every column, or -1 if it is empty.
+// lack: for the rows that stand for components, how much mass their rows lack; 0 for the others. One thread.
+GRADOPS_TEAM void find_components(const Transport& t, const TransportState& s, const Evaluation& e, double* lack) {
+  const int64_t n = t.cost.n, m = t.cost.m;
+  int32_t *of_row = s.component, *of_column = of_row + n;
+  for (int64_t i = 0; i < n; ++i) of_row[i] = int32_t(i), lack[i] = 0;
+  for (int64_t j = 0; j < m; ++j) {
+    const int32_t* row = e.support + j * t.capacity;
+    for (int64_t k = 1; k < e.count[j]; ++k) of_row[root_of(of_row, row[k])] = root_of(of_row, row[0]);
+  }
+  for (int64_t i = 0; i < n; ++i) lack[of_row[i] = root_of(of_row, int32_t(i))] += e.grad[i];
+  for (int64_t j = 0; j < m; ++j) of_column[j] = e.count[j] > 0 ? of_row[e.support[j * t.capacity]] : -1;
+}
+
+// step: components that lack more than `little` rise by the shortest way, over others that lack mass too, to one that
+// does not, whose edges are the least alpha_i - c_ij - tau_j short of an entry; so D rises steadily up to there. And by
+// reg times what they lack: an entry of all of that. The others stay. False if nothing rises. Uses columns[0].
+template <class Team>
+GRADOPS_TEAM bool raise_components(Team& team, const Transport& t, const TransportState& s, const Evaluation& e,
+                                   double reg, double little, const double* alpha, const CgVectors& w, double* step) {
+  const int64_t n = t.cost.n, m = t.cost.m;
+  const int32_t *of_row = s.component, *of_column = of_row + n;
+  double *lack = w.rest, *rise = w.scaled, *short_of = w.direction, *price = s.columns[0];
+  team.once([&] { find_components(t, s, e, lack); });
+  team.each(n, [&](int64_t i) { rise[i] = lack[i] > little ? kInfinity : 0.; });
+  constexpr int kEdges = 3;  // of a way; longer ones are begun
+  for (int edge = 0; edge < kEdges; ++edge) {
+    team.each(m, [&](int64_t j) {
+      price[j] = t.b[j] > 0 ? e.tau[j] + (of_column[j] < 0 ? 0. : rise[of_column[j]]) : kInfinity;
+    });
+    team.columns(n, m, [&](int64_t i, const auto& lanes) {
+      const int32_t own = of_row[i];
+      if (!(lack[own] > little)) return;
+      const double nearest = lanes.largest(m, [&](int64_t j) {
+        return of_column[j] == own ? -kInfinity : alpha[i] - (cost_at(t.cost, i, j) - s.shift) - price[j];
+      });
+      lanes.once([&] { short_of[i] = -nearest; });
+    });
+    team.once([&] {
+      for (int64_t i = 0; i < n; ++i) {
+        const int32_t own = of_row[i];
+        if (lack[own] > little && short_of[i] < rise[own]) rise[own] = short_of[i];
+      }
+    });
+  }
+  const auto rises = [&](int64_t i) { return lack[of_row[i]] > little && rise[of_row[i]] < kInfinity; };
+  team.each(n, [&](int64_t i) { step[i] = rises(i) ? rise[of_row[i]] + reg * lack[of_row[i]] : 0.; });
+  return team.sum(n, [&](int64_t i) { return rises(i) ? 1. : 0.; }) > 0;
+}
+
+}  // namespace
+}  // namespace gradops
