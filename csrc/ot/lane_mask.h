@@ -85,6 +85,33 @@ namespace {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For any four lanes their numbers in order: to bring them to the front. (The instruction that makes such an order out
+// of bits is slow on some processors.)
+struct FrontOfFour {
+  alignas(16) int32_t of[16][4] = {};
+  constexpr FrontOfFour() {
+    for (int bits = 0; bits < 16; ++bits)
+      for (int lane = 0, place = 0; lane < 4; ++lane)
+        if (bits >> lane & 1) of[bits][place++] = lane;
+  }
+};
+constexpr FrontOfFour kFrontOfFour;
+
+// The lanes of doubles, or of numbers as wide, that `bits` name to the front; others behind.
+[[gnu::always_inline]] inline __m256i to_front(__m256i v, unsigned bits) {
+  const __m128i lanes = _mm_load_si128(reinterpret_cast<const __m128i*>(kFrontOfFour.of[bits]));
+  const __m256i twice = _mm256_slli_epi64(_mm256_cvtepu32_epi64(lanes), 1);  // as numbers of 32 bits, the lower halves
+  const __m256i halves =
+      _mm256_add_epi64(_mm256_or_si256(twice, _mm256_slli_epi64(twice, 32)), _mm256_set1_epi64x(int64_t(1) << 32));
+  return _mm256_permutevar8x32_epi32(v, halves);
+}
+// All ones in the first `count` of four lanes.
+[[gnu::always_inline]] inline __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+#endif
+
 // Where words are not zero, ascending; without a branch, as nobody can guess which ones are. `where` has `count`
 // places.
 inline int32_t list_nonzero(const uint64_t* words, int32_t count, int32_t* where) {
@@ -97,6 +124,15 @@ inline int32_t list_nonzero(const uint64_t* words, int32_t count, int32_t* where
     const __m512i places = _mm512_add_epi32(first, _mm512_set1_epi32(k));
     _mm512_storeu_si512(where + found, _mm512_maskz_compress_epi32(some, places));
     found += __builtin_popcount(_cvtmask16_u32(some));
+  }
+#elif defined(__AVX2__)
+  for (; k + 4 <= count; k += 4) {  // what is behind the found ones lies before k + 4
+    const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + k));
+    const __m256i zero = _mm256_cmpeq_epi64(four, _mm256_setzero_si256());
+    const unsigned some = 15u ^ unsigned(_mm256_movemask_pd(_mm256_castsi256_pd(zero)));
+    const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(kFrontOfFour.of[some]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(where + found), _mm_add_epi32(places, _mm_set1_epi32(k)));
+    found += __builtin_popcount(some);
   }
 #endif
   for (; k < count; ++k) {
@@ -121,6 +157,9 @@ template <class C>
   count = count < 0 ? 0 : count > kLanes<double> ? kLanes<double> : count;
 #if defined(__AVX512F__)
   return (Vec<double>)_mm512_mask_loadu_pd(_mm512_set1_pd(rest), __mmask8((1u << count) - 1), p);
+#elif defined(__AVX2__)
+  const __m256i there = first_lanes(count);
+  return (Vec<double>)_mm256_blendv_pd(_mm256_set1_pd(rest), _mm256_maskload_pd(p, there), _mm256_castsi256_pd(there));
 #else
   Vec<double> v = Vec<double>{} + rest;
   for (int64_t l = 0; l < count; ++l) v[l] = p[l];
@@ -131,6 +170,8 @@ template <class C>
 [[gnu::always_inline]] inline void store_some(double* p, int64_t count, Vec<double> v) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_pd(p, count < 8 ? __mmask8((1u << count) - 1) : __mmask8(0xff), (__m512d)v);
+#elif defined(__AVX2__)
+  _mm256_maskstore_pd(p, first_lanes(count), (__m256d)v);
 #else
   for (int64_t l = 0; l < count && l < kLanes<double>; ++l) p[l] = v[l];
 #endif

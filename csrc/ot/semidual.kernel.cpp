@@ -201,6 +201,36 @@ constexpr int kPacked = 16;
   put(0);
   if (room > 8) put(8);
   return kept;
+#elif defined(__AVX2__)
+  alignas(32) double weights[2 * kPacked];  // times reg
+  alignas(32) int64_t rows[2 * kPacked];
+  int64_t kept = 0;
+  for (int64_t r = 0; r < kPacked && r < count; r += 4) {
+    const __m256d v = _mm256_loadu_pd(value + r);
+    const __m256d above = _mm256_sub_pd(_mm256_sub_pd(v, _mm256_set1_pd(largest)), _mm256_set1_pd(tau));
+    const __m256d wanted = _mm256_and_pd(_mm256_cmp_pd(v, _mm256_set1_pd(smallest), _CMP_GE_OQ),
+                                         _mm256_cmp_pd(above, _mm256_setzero_pd(), _CMP_GT_OQ));
+    const __m256d there = _mm256_and_pd(wanted, _mm256_castsi256_pd(first_lanes(count - r)));
+    const unsigned bits = unsigned(_mm256_movemask_pd(there));
+    const __m256i four = _mm256_cvtepi32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + r)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + kept), to_front(_mm256_castpd_si256(above), bits));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + kept), to_front(four, bits));
+    kept += __builtin_popcount(bits);
+  }
+  for (int64_t r = kept; r < kept + kPacked; r += 4) {  // their number is fixed: gcc would make it a call
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + r), _mm256_setzero_si256());
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + r), _mm256_setzero_si256());
+  }
+  const int64_t places = room < kPacked ? room : kPacked;
+  int64_t r = 0;
+  for (; r + 4 <= places; r += 4) {
+    const __m256d weight = _mm256_div_pd(_mm256_load_pd(weights + r), _mm256_set1_pd(reg));
+    _mm256_storeu_pd(to + r, weight);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + r),
+                        _mm256_load_si256(reinterpret_cast<const __m256i*>(rows + r)));
+  }
+  for (; r < places; ++r) to[r] = weights[r] / reg, index[r] = rows[r];
+  return kept;
 #else
   int64_t kept = 0;
   for (int64_t r = 0; r < kPacked && r < count; ++r) {
