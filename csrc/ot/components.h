@@ -26,19 +26,26 @@ GRADOPS_TEAM void find_components(const Transport& t, const TransportState& s, c
   for (int64_t j = 0; j < m; ++j) of_column[j] = e.count[j] > 0 ? of_row[e.support[j * t.capacity]] : -1;
 }
 
+enum class Rise { none, some, endless };
+
 // step: components that lack more than `little` rise by the shortest way, over others that lack mass too, to one that
 // does not, whose edges are the least alpha_i - c_ij - tau_j short of an entry; so D rises steadily up to there. And by
-// reg times what they lack: an entry of all of that. The others stay. False if nothing rises. Uses columns[0].
+// reg times what they lack: an entry of all of that. The others stay. Where no way leads out of some components that
+// together lack more than t.tol of the mass, costs of infinity shut it in, and the problem has no solution (Hall's
+// condition): endless. Uses columns[0].
 template <class Team>
-GRADOPS_TEAM bool raise_components(Team& team, const Transport& t, const TransportState& s, const Evaluation& e,
+GRADOPS_TEAM Rise raise_components(Team& team, const Transport& t, const TransportState& s, const Evaluation& e,
                                    double reg, double little, const double* alpha, const CgVectors& w, double* step) {
   const int64_t n = t.cost.n, m = t.cost.m;
   const int32_t *of_row = s.component, *of_column = of_row + n;
   double *lack = w.rest, *rise = w.scaled, *short_of = w.direction, *price = s.columns[0];
   team.once([&] { find_components(t, s, e, lack); });
   team.each(n, [&](int64_t i) { rise[i] = lack[i] > little ? kInfinity : 0.; });
-  constexpr int kEdges = 3;  // of a way; longer ones are begun
-  for (int edge = 0; edge < kEdges; ++edge) {
+  // What components lack that know of no way yet, one after the other.
+  const auto shut_in = [&] { return team.sum(n, [&](int64_t i) { return rise[i] < kInfinity ? 0. : lack[i]; }); };
+  constexpr int kEdges = 3;  // of a way; longer ones are begun, if they are not the only ones
+  double before = kInfinity, left = shut_in();
+  for (int edge = 0; edge < kEdges || (left > 0 && left < before); ++edge) {
     team.each(m, [&](int64_t j) {
       price[j] = t.b[j] > 0 ? e.tau[j] + (of_column[j] < 0 ? 0. : rise[of_column[j]]) : kInfinity;
     });
@@ -56,10 +63,12 @@ GRADOPS_TEAM bool raise_components(Team& team, const Transport& t, const Transpo
         if (lack[own] > little && short_of[i] < rise[own]) rise[own] = short_of[i];
       }
     });
+    before = left, left = shut_in();
   }
+  if (left > t.tol * s.mass) return Rise::endless;
   const auto rises = [&](int64_t i) { return lack[of_row[i]] > little && rise[of_row[i]] < kInfinity; };
   team.each(n, [&](int64_t i) { step[i] = rises(i) ? rise[of_row[i]] + reg * lack[of_row[i]] : 0.; });
-  return team.sum(n, [&](int64_t i) { return rises(i) ? 1. : 0.; }) > 0;
+  return team.sum(n, [&](int64_t i) { return rises(i) ? 1. : 0.; }) > 0 ? Rise::some : Rise::none;
 }
 
 }  // namespace

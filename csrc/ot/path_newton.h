@@ -16,7 +16,33 @@ GRADOPS_TEAM NewtonVectors newton_vectors(const TransportState& s) {
   return {s.rows[0], s.rows[1], s.rows[2], s.rows[3], s.rows[4], {s.rows[5], s.rows[6], s.rows[7], s.rows[8]}};
 }
 
-enum class NewtonEnd { reached, limit, stalled, overflow };
+enum class NewtonEnd { reached, limit, stalled, overflow, infeasible };
+
+// From what was tried.
+template <class Team>
+GRADOPS_TEAM void take(Team& team, const Transport& t, TransportState& s) {
+  const NewtonVectors v = newton_vectors(s);
+  team.each(t.cost.n, [&](int64_t i) { v.alpha[i] = v.next[i]; });
+  const Evaluation accepted = s.trial;
+  s.trial = s.now;
+  s.now = accepted;
+}
+
+// The step of ot/components.h, if D rises.
+template <class Team>
+GRADOPS_TEAM NewtonEnd raise(Team& team, const Transport& t, TransportState& s, double reg, double little,
+                             bool& raised) {
+  const NewtonVectors v = newton_vectors(s);
+  raised = false;
+  const Rise rise = raise_components(team, t, s, s.now, reg, little, v.alpha, v.cg, v.step);
+  if (rise == Rise::endless) return NewtonEnd::infeasible;
+  if (rise == Rise::none || s.evaluations >= t.max_iter) return NewtonEnd::reached;
+  team.each(t.cost.n, [&](int64_t i) { v.next[i] = v.alpha[i] + v.step[i]; });
+  if (!evaluate(team, t, s, v.next, reg, s.trial)) return NewtonEnd::overflow;
+  raised = s.trial.value > s.now.value;
+  if (raised) take(team, t, s);
+  return NewtonEnd::reached;
+}
 
 // Raises D at this reg from v.alpha, whose evaluation is s.now, until |grad|_1 <= goal, or rounding alone decides about
 // the steps. mu: Levenberg and Marquardt's damping relative to the residual.
@@ -30,12 +56,6 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
   const double little = goal / (8 * double(n));
   int idle = 0;  // steps in a row that neither raised D, beyond rounding, nor lowered the residual
   double least = s.now.residual;
-  const auto take = [&] {  // what was tried
-    team.each(n, [&](int64_t i) { v.alpha[i] = v.next[i]; });
-    const Evaluation accepted = s.trial;
-    s.trial = s.now;
-    s.now = accepted;
-  };
   while (s.now.residual > goal) {
     if (idle > kPatience && (s.now.residual <= 2 * least || idle > 10 * kPatience)) return NewtonEnd::stalled;
     const Evaluation& e = s.now;
@@ -74,16 +94,12 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
       if (mu > 1e12) return NewtonEnd::stalled;
       mu *= 4;
       // Perhaps it went astray where there is no curvature.
-      if (!raise_components(team, t, s, e, reg, little, v.alpha, v.cg, v.step)) continue;
-      team.each(n, [&](int64_t i) { v.next[i] = v.alpha[i] + v.step[i]; });
-      if (!evaluate(team, t, s, v.next, reg, s.trial)) return NewtonEnd::overflow;
-      raised = s.trial.value > e.value;
-      if (s.trial.value - e.value > 1e-14 * size) idle = 0;
+      const double before = e.value;
+      const NewtonEnd end = raise(team, t, s, reg, little, raised);
+      if (end != NewtonEnd::reached) return end;
+      if (raised && s.now.value - before > 1e-14 * size) idle = 0;
     }
-    if (raised) {
-      take();
-      continue;
-    }
+    if (raised) continue;
     // How much of what the model promised was gained, by the trapezoid of the slopes, without the lone rows.
     laplacian_apply(team, t, s, e, v.degree, 0., v.step, v.cg.product);
     const auto counted = [&](int64_t i) { return v.degree[i] > 0 ? v.step[i] : 0.; };
@@ -95,7 +111,11 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
       mu = mu / 4 > 1e-10 ? mu / 4 : 1e-10;
     else if (ratio < .1)
       mu *= 2;
-    take();
+    take(team, t, s);
+    if (change > .3 * gain) {  // it met little, and could have gone on
+      const NewtonEnd end = raise(team, t, s, reg, little, raised);
+      if (end != NewtonEnd::reached) return end;
+    }
   }
   return NewtonEnd::reached;
 }
@@ -163,6 +183,7 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
     end = ascend(team, t, s, reg, s.mass * (stages > 0 ? inner : tol), mu);
     if (s.evaluations - before > 4 && inner > 2e-3) inner /= 4;
     if (end == NewtonEnd::overflow) return give_up(team, t, s, TransportStatus::overflow);
+    if (end == NewtonEnd::infeasible) return give_up(team, t, s, TransportStatus::infeasible);
     if (end != NewtonEnd::reached || stages == 0) break;
     predict(team, t, s, reg, reg / kRatio);
   }
@@ -182,6 +203,7 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
     tol /= 4, mu = 1e-3;
     end = ascend(team, t, s, reg, s.mass * tol, mu);
     if (end == NewtonEnd::overflow) return give_up(team, t, s, TransportStatus::overflow);
+    if (end == NewtonEnd::infeasible) return give_up(team, t, s, TransportStatus::infeasible);
     found = certify(team, t, s, v.alpha, s.now);
   }
   const bool met = s.now.residual <= s.mass * t.tol && proven();

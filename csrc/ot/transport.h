@@ -16,9 +16,9 @@ namespace gradops {
 enum class TransportStatus : int {
   converged,        // marginal error <= tol, and for max_nz = 0 the gap is small enough (ot/path_newton.h)
   iteration_limit,  // max_iter evaluations
-  stalled,          // no step ascends any more: rounding, or an unbounded dual
+  stalled,          // no step ascends any more: rounding
   stagnated,        // max_nz: the dual value stopped rising, the row marginals are not met
-  infeasible,       // a row or column with mass has no finite cost
+  infeasible,       // some rows or columns have more mass than finite costs let them pass on
   invalid,          // NaN, negative weights, or sums of a and b that differ
   overflow,         // a column has more candidates than capacity: a larger one is needed
 };

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from gradops.ot import reference, solve
 
@@ -220,7 +221,30 @@ def test_infeasible():
     lopsided = torch.full((2, 2), torch.inf)  # row 0 needs column 0, and so does row 1
     lopsided[:, 0] = 1
     lopsided[0, 1] = 1
-    assert solve(lopsided, torch.tensor([0.1, 0.9]), torch.tensor([0.5, 0.5]), reg=1.0).status != "converged"
+    assert solve(lopsided, torch.tensor([0.1, 0.9]), torch.tensor([0.5, 0.5]), reg=1.0).status == "infeasible"
+
+
+@pytest.mark.parametrize("power", [1, 8])
+def test_infeasible_is_what_no_flow_satisfies(power):
+    """Masked costs, judged by the largest flow that the mask lets through."""
+    seen = set()
+    for seed in range(40):
+        g = torch.Generator().manual_seed(seed)
+        n, m = (int(torch.randint(2, 25, (1,), generator=g)) for _ in range(2))
+        a, b = (torch.rand(k, generator=g, dtype=torch.float64).pow(power) for k in (n, m))
+        a, b = a / a.sum(), b / b.sum()
+        M = torch.rand(n, m, generator=g, dtype=torch.float64)
+        M[torch.rand(n, m, generator=g) < 0.4] = torch.inf
+        rows, cols = (p.numpy() for p in M.isfinite().nonzero(as_tuple=True))
+        incidence = np.zeros((n + m, len(rows)))
+        incidence[rows, np.arange(len(rows))] = incidence[n + cols, np.arange(len(rows))] = 1
+        flow = linprog(-np.ones(len(rows)), A_ub=incidence, b_ub=torch.cat([a, b]).numpy())
+        missing = 1 + flow.fun
+        assert missing < 1e-9 or missing > 1e-5  # or tolerances decide
+        result = solve(M, a, b, reg=10.0 ** float(torch.randint(-3, 3, (1,), generator=g)))
+        assert result.status == ("converged" if missing < 1e-9 else "infeasible")
+        seen.add(result.status)
+    assert len(seen) == 2
 
 
 def test_never_claims_what_it_did_not_reach():

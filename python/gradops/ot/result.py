@@ -55,10 +55,11 @@ class OTResult:
         ``"converged"``: the marginals hold to ``tol``, and ``value - dual_value`` to ``tol / 1000`` of the value with
         costs counted from their minimum, or of a thousandth of their spread times the mass if that is more.
         ``"iteration_limit"``: ``max_iter`` evaluations were not enough; the numbers hold for where it stopped.
-        ``"stalled"``: nothing raised the dual any more; rounding, or costs masked so that no plan exists. What was
-        reached by then, ``marginal_err`` and ``gap`` say.
+        ``"stalled"``: nothing raised the dual any more, by rounding. What was reached by then, ``marginal_err`` and
+        ``gap`` say.
         ``"stagnated"``: ``max_nz`` only: the dual stopped rising, and the marginals are off by ``marginal_err``.
-        ``"infeasible"``: a row or a column with mass has no finite cost. NaN everywhere.
+        ``"infeasible"``: no plan exists, as rows or columns have more mass than finite costs let them pass on. NaN
+        everywhere.
         ``"invalid"``: bad numbers, on CUDA only; the CPU raises. NaN everywhere.
         """
         return _names(self.status_code.tolist())

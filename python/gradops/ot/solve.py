@@ -97,8 +97,9 @@ def solve(
             weight is negative or not finite, sums of weights differ, costs hold NaN or ``-inf``, a length is out of
             range. On CUDA those problems are ``"invalid"`` and NaN instead.
 
-    A masked problem (``+inf`` costs) is found infeasible if a row or a column with mass has no finite cost. Other kinds
-    of infeasibility are not detected as such: they end as ``"stalled"`` or ``"iteration_limit"``.
+    A masked problem (``+inf`` costs) is found infeasible if a row or a column with mass has no finite cost; without
+    ``max_nz`` also if some rows have more mass than all the columns that they can reach, by more than ``tol`` of the
+    whole (Hall's condition). With ``max_nz`` such a problem ends as ``"stagnated"`` or ``"iteration_limit"``.
 
     Differentiable in ``M``, ``x``, ``y``, ``a`` and ``b``, in both modes. ``value`` and ``dual_value`` by the envelope
     theorem: their gradient is the plan in ``M``, ``alpha`` in ``a`` and ``beta`` in ``b``, where only changes that keep
