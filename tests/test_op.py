@@ -1,5 +1,6 @@
 """What registration promises for every op: no silent zero derivative, and torch's compilers work."""
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import subprocess
@@ -8,6 +9,9 @@ import sys
 import pytest
 import torch
 from torch.utils._pytree import tree_map
+
+from gradops._op import Function
+from gradops.linalg import row_norm
 
 from . import calls
 
@@ -110,6 +114,41 @@ def test_public_function_refuses_a_derivative(name):
         c.public(x.clone().requires_grad_())
     with pytest.raises(RuntimeError, match=r"derivative|detach"):
         torch.func.jvp(c.public, (x,), (x,))
+
+
+def test_functions_have_no_default_arguments():
+    """Their apply does not look for any, neither here nor at a call."""
+    seen, pending = [], [Function]
+    while pending:
+        function = pending.pop()
+        pending += function.__subclasses__()
+        if "forward" in vars(function):
+            seen.append(function)
+    assert len(seen) > 20
+    for function in seen:
+        for p in inspect.signature(function.forward).parameters.values():
+            assert p.default is p.empty, f"{function.__module__}.{function.__name__}: {p}"
+
+
+def test_a_call_reads_no_signature(monkeypatch):
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def refuse(*_):
+        raise AssertionError("a signature was read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inspect, "signature", refuse)
+        grad, = torch.autograd.grad(row_norm(x).sum(), x)
+    expected, = torch.autograd.grad((x / x.norm(dim=-1, keepdim=True)).sum(), x)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_a_tensor_that_outlived_its_transform():
+    left = []
+    x = torch.randn(3, 4, requires_grad=True)
+    torch.func.grad(lambda y: (left.append(y), y.sum())[1])(x)
+    grads = [torch.autograd.grad(row_norm(y).square().sum(), x) for y in (x, left[0])]
+    torch.testing.assert_close(*grads)
 
 
 @every_op

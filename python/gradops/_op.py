@@ -2,14 +2,15 @@
 
 A C++ op that only has a kernel per device is a trap: torch.func.grad and jvp take it for a constant and
 return zeros. So a raw `torch.ops.gradops.*` call raises when an input needs a derivative. Derivatives
-live in `torch.autograd.Function`s outside the op; those, and calls that need none, use the callable that
-`register` returns, which skips the autograd layer of the dispatcher.
+live in `Function`s outside the op; those, and calls that need none, use the callable that `register` returns, which
+skips the autograd layer of the dispatcher.
 """
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 _library = torch.library.Library("gradops", "FRAGMENT")
@@ -26,16 +27,38 @@ def needs_derivative(*tensors: Tensor) -> bool:
                                "another) are not supported; take one of the two in reverse mode, as "
                                "torch.func.hessian does")
         return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # a loop, since `any` of a generator costs four times as much
+            if t.requires_grad:
+                return True
+    return False
 
 
 def primals(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Saved tensors as a jvp needs them: under forward_ad they still carry their tangents, which would
     make the tangent ask for its own derivative."""
-    return [forward_ad.unpack_dual(t).primal for t in tensors]
+    return [primal(t) for t in tensors]
 
 
-class KeepsInputs(torch.autograd.Function):
+def primal(t: Tensor) -> Tensor:
+    return forward_ad.unpack_dual(t).primal
+
+
+class Function(torch.autograd.Function):
+    """An autograd.Function whose `forward` has no default arguments.
+
+    Torch looks for those at each call, by `inspect.signature`, which takes longer than a small op.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        # What torch's own does then.
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+
+
+class KeepsInputs(Function):
     """A function of tensors whose derivatives, in both modes, start from its inputs."""
 
     generate_vmap_rule = True

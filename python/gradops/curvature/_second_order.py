@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._op import needs_derivative, primals
+from .._op import Function, needs_derivative, primal
 
 Maybe = Tensor | None
 Values = Sequence[Any]
@@ -54,7 +54,7 @@ def differentiable(
     class Forward(_Function):
         @staticmethod
         def forward(*args: Any) -> tuple[Tensor, ...]:
-            return tuple(kernels.forward(*_cut(args, n, c)))
+            return tuple(kernels.forward(args[:n], args[n:]))
 
         @staticmethod
         def setup_context(ctx: Any, inputs, output) -> None:
@@ -67,7 +67,7 @@ def differentiable(
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Maybe):
-            return Jvp.apply(*_kept(ctx, primals), *tangents[:n])
+            return Jvp.apply(*_kept(ctx, primal), *tangents[:n])
 
     class Backward(_Function):
         @staticmethod
@@ -95,7 +95,7 @@ def differentiable(
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Maybe):
-            *base, g, wanted = _kept(ctx, primals)
+            *base, g, wanted = _kept(ctx, primal)
             x_dot, _, out_dot, (g_dot, _) = _cut(tangents, *head, 2)
             if all(t is None for t in x_dot):  # linear in g
                 return Backward.apply(*base, torch.zeros_like(g) if g_dot is None else g_dot, wanted)
@@ -149,7 +149,7 @@ def differentiable(
 
         jvp = backward
 
-    class Dual(torch.autograd.Function):
+    class Dual(Function):
         """Forward and jvp in one pass, where the input comes with its change; then also backward and backward_jvp."""
 
         two_orders = True
@@ -180,16 +180,16 @@ def differentiable(
         function._backward_cls.__name__ = function.__name__ + "Backward"  # type: ignore[attr-defined]
 
     def _gradient(ctx: Any, base: Values, g: Maybe) -> Values:
-        wants = _mask(ctx.needs_input_grad[:n])
-        if g is None or not wants:
+        wanted = ctx.needs_input_grad[:n]
+        if g is None or not any(wanted):
             return [None] * n
         graph = torch.is_grad_enabled() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
         if not graph and torch._C._functorch.peek_interpreter_stack() is None:
             # No derivative of this pass will be asked for, and a Function costs more than a small pass does.
             x, const, out = _cut(base, *head)
-            flags = _flags(wants, n)
-            grads = kernels.backward(x, const, out, g, flags)
-            return [t if flag else None for t, flag in zip(grads, flags, strict=True)]
+            grads = kernels.backward(x, const, out, g, wanted)
+            return [t if flag else None for t, flag in zip(grads, wanted, strict=True)]
+        wants = _mask(wanted)
         return _spread(Backward.apply(*base, g, wants), wants, n)
 
     def _dual_gradient(ctx: Any, base: Values, x_dot: Values, out_dot: Values, g: Maybe) -> Values:
@@ -205,7 +205,8 @@ def differentiable(
         x = args[:n]
         if not needs_derivative(*[t for t in x if t is not None]):
             return kernels.forward(x, args[n:])[0]
-        if kernels.dual is not None and torch._C._functorch.peek_interpreter_stack() is None:
+        if (kernels.dual is not None and forward_ad._current_level >= 0  # type: ignore[attr-defined]
+                and torch._C._functorch.peek_interpreter_stack() is None):
             pairs = [(None, None) if t is None else forward_ad.unpack_dual(t) for t in x]
             if any(dot is not None for _, dot in pairs):
                 out = Dual.apply(*[t for t, _ in pairs], *args[n:], *[dot for _, dot in pairs])
@@ -215,7 +216,7 @@ def differentiable(
     return call
 
 
-class _Function(torch.autograd.Function):
+class _Function(Function):
     """Kernels take any batch dimensions in front, the same for every tensor; so a new one may be put there."""
 
     two_orders = True
@@ -237,17 +238,18 @@ def has_two_orders(node: Any) -> bool:
 
 
 def _keep(ctx: Any, values: Values) -> None:
-    ctx.values = [None if isinstance(v, Tensor) else v for v in values]
     tensors = [v if isinstance(v, Tensor) else None for v in values]
+    ctx.values = [v if t is None else None for t, v in zip(tensors, values, strict=True)]
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
 
 
-def _kept(ctx: Any, bare: Callable[[list[Tensor]], list[Tensor]] = list) -> list[Any]:
+def _kept(ctx: Any, bare: Callable[[Tensor], Tensor] | None = None) -> list[Any]:
     saved = ctx.saved_tensors  # once: a checkpoint recomputes them at the first look, and refuses a second one
-    tensors = iter(bare([t for t in saved if t is not None]))
-    return [v if t is None else next(tensors) for t, v in zip(saved, ctx.values, strict=True)]
+    if bare is not None:
+        saved = [t if t is None else bare(t) for t in saved]
+    return [v if t is None else t for t, v in zip(saved, ctx.values, strict=True)]
 
 
 def _with(t: Maybe, dot: Maybe) -> Maybe:
@@ -255,18 +257,26 @@ def _with(t: Maybe, dot: Maybe) -> Maybe:
 
 
 def _no_gradient(name: str, others: Sequence[Maybe]) -> None:
-    if any(t is not None for t in others):
-        raise RuntimeError(f"{name}: what is kept for the backward pass has no gradient of its own")
+    for t in others:
+        if t is not None:
+            raise RuntimeError(f"{name}: what is kept for the backward pass has no gradient of its own")
 
 
-def _cut(values: Values, *counts: int) -> list[list[Any]]:
-    rest = iter(values)
-    return [[next(rest) for _ in range(count)] for count in counts]
+def _cut(values: Values, *counts: int) -> list[Values]:
+    parts, end = [], 0
+    for count in counts:
+        parts.append(values[end:end + count])
+        end += count
+    return parts
 
 
 # Which of the inputs' gradients a function returns is a number: tuples among the arguments confuse torch.func.
 def _mask(flags: Sequence[bool]) -> int:
-    return sum(1 << i for i, flag in enumerate(flags) if flag)
+    mask = 0
+    for i, flag in enumerate(flags):
+        if flag:
+            mask |= 1 << i
+    return mask
 
 
 def _flags(mask: int, n: int) -> list[bool]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._checks import check_linear
 from .._op import _library, register
 from ._linear_ce_chunks import outputs, sweep
-from ._second_order import Kernels, Maybe, Values, differentiable
+from ._second_order import Kernels, Maybe, Values, _mask, differentiable
 from .cross_entropy import check_rule, check_target
 
 _library.define("linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? lse, "
@@ -48,10 +48,6 @@ def _expected(x: Values, c: Values) -> tuple[Maybe, int]:
 
 def _there(wanted: Sequence[bool], c: Values) -> bool:
     return c[3] != _ROWS and not _mask(wanted) & ~c[3]
-
-
-def _mask(wanted: Sequence[bool]) -> int:
-    return sum(1 << i for i, w in enumerate(wanted) if w)
 
 
 def _rounded(grads: Values, x: Values, wanted: Sequence[bool]) -> list[Maybe]:

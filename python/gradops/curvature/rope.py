@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_device, check_floating, check_matrix
-from .._op import needs_derivative, primals, refuse_derivative, register
+from .._op import Function, needs_derivative, primals, refuse_derivative, register
 
 _op = register("rope", fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format))
 
@@ -84,7 +84,7 @@ def _table(t: Tensor, x: Tensor, pairs: int, interleaved: bool) -> Tensor:
     return t.expand(*x.shape[:-1], pairs)
 
 
-class _Rope(torch.autograd.Function):
+class _Rope(Function):
     two_orders = True  # its backward pass and its jvp are itself
 
     @staticmethod

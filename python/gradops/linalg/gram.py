@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._op import needs_derivative, primals, register
+from .._op import Function, needs_derivative, primals, register
 from ._blocks import Blocks, check_blocks
 
 _op = register("gram", fake=lambda J, wide: J[0].new_empty(
@@ -56,7 +56,7 @@ def gram(J: Blocks, *, accumulate: torch.dtype | None = None) -> Tensor:
     return sum(grams[1:], grams[0])
 
 
-class _Gram(torch.autograd.Function):
+class _Gram(Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_matrix
-from .._op import _library, needs_derivative, primals, register
+from .._op import Function, _library, needs_derivative, primals, register
 from .coefficients import resolve
 from .newton_schulz import _matmul_precision, polynomials
 from .polar_methods import SMALL, SPECTRAL, _orthonormal, converging_steps, spectral_norm
@@ -109,7 +109,7 @@ def inv_sqrt(A: Tensor, *, eps: float = 0.0) -> Tensor:
     return (_InvSqrt.apply(a, float(eps)) if needs_derivative(a) else _op(a, float(eps))).to(A.dtype)
 
 
-class _InvSqrt(torch.autograd.Function):
+class _InvSqrt(Function):
     generate_vmap_rule = True
 
     @staticmethod

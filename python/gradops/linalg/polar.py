@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_matrix
-from .._op import _library, needs_derivative, primals, register
+from .._op import Function, _library, needs_derivative, primals, register
 from .newton_schulz import _PRECISIONS, _matmul_precision
 from .polar_methods import METHODS, polar_factor
 from .sylvester import Sylvester, positive_eigen
@@ -134,7 +134,7 @@ def _hermitian(u: Tensor, a: Tensor) -> Tensor:
     return h
 
 
-class _PolarFactor(torch.autograd.Function):
+class _PolarFactor(Function):
     """U of tall or square A, in float32 or float64."""
 
     generate_vmap_rule = True

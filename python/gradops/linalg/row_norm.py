@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_matrix
-from .._op import needs_derivative, primals, register
+from .._op import Function, needs_derivative, primals, register
 
 _op = register("row_norm", fake=lambda x, eps, center: torch.empty_like(x, memory_format=torch.contiguous_format))
 
@@ -61,7 +61,7 @@ def _derivative(x: Tensor, v: Tensor, eps: float, center: bool) -> Tensor:
     return out - out.mean(-2, keepdim=True) if center else out
 
 
-class _RowNorm(torch.autograd.Function):
+class _RowNorm(Function):
     generate_vmap_rule = True
 
     @staticmethod

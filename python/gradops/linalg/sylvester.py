@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._op import _library, primals, register
+from .._op import Function, _library, primals, register
 
 _library.define("positive_eigen(Tensor h, float tolerance, str what) -> (Tensor, Tensor)")
 
@@ -31,7 +31,7 @@ positive_eigen = register("positive_eigen", fake=lambda h, tolerance, what: (
     h.new_empty(h.shape[:-1]), torch.empty_like(h, memory_format=torch.contiguous_format)))
 
 
-class Sylvester(torch.autograd.Function):
+class Sylvester(Function):
     """X of H X + X H = R; h, q are the eigenvalues and eigenvectors of H, which carry no derivative."""
 
     generate_vmap_rule = True

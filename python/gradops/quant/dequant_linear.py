@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_one_of, check_tensor
-from .._op import needs_derivative, refuse_derivative, register
+from .._op import Function, needs_derivative, refuse_derivative, register
 from .gptq_pack import BITS, FORMATS
 
 _MOST_ROWS = 32  # on CUDA, for the kernel that unpacks as it goes
@@ -118,7 +118,7 @@ def _transposed(g: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor, g_id
     return torch.cat(parts, -1) if parts else g.new_empty((*g.shape[:-1], 0))
 
 
-class _Product(torch.autograd.Function):
+class _Product(Function):
     """_product, or _transposed: each is the derivative of the other, and linear."""
 
     generate_vmap_rule = True

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .._checks import check_device, check_integers, check_linear
-from .._op import _library, needs_derivative, primals, register
+from .._op import Function, _library, needs_derivative, primals, register
 from .linear_chunks import backward, forward, tangents
 from .selective_log_softmax import OUTPUTS
 from .vocabulary_parallel import merge_shards
@@ -165,7 +165,7 @@ def _forward(hidden, weight, targets, bias, temperature, softcap, entropy, momen
     return out if group is None else merge_shards(out, targets, group)
 
 
-class _LinearLogprob(torch.autograd.Function):
+class _LinearLogprob(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -214,7 +214,7 @@ class _LinearLogprob(torch.autograd.Function):
                         softcap, with_entropy, moments)
 
 
-class _Gradient(torch.autograd.Function):
+class _Gradient(Function):
     """Stands between the gradient and its own derivative, which is refused."""
 
     generate_vmap_rule = True

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_integers, check_like, check_one_of
-from .._op import needs_derivative, primals, register
+from .._op import Function, needs_derivative, primals, register
 
 
 def _fake(logits, targets, seeds, temperature, beta, k):
@@ -107,7 +107,7 @@ def _check(logits: Any, targets: Any, temperature: float, beta: float, k: Any, s
             raise TypeError(f"seeds must be int64, got {seeds.dtype}")
 
 
-class _OneTokenRollout(torch.autograd.Function):
+class _OneTokenRollout(Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._checks import check_device, check_floating, check_integers, check_tensor
-from .._op import needs_derivative, primals, refuse_derivative, register
+from .._op import Function, needs_derivative, primals, refuse_derivative, register
 from ._policy_kinds import AGGREGATES, KL, LEVELS, OBJECTIVES, PolicyStats, bounds, resolve
 
 _TOTALS = 12  # enum PolicyTotal in csrc/rl/policy_loss.h: the loss, the scale of its gradient, then PolicyStats
@@ -210,7 +210,7 @@ def _policy_loss(
     return totals[0].to(computing, copy=True), totals
 
 
-class _PolicyLoss(torch.autograd.Function):
+class _PolicyLoss(Function):
     @staticmethod
     def forward(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         totals, dlogp = _op(logp, *args)
@@ -238,7 +238,7 @@ class _PolicyLoss(torch.autograd.Function):
         return (dlogp * tangent).sum() * totals[1].to(dlogp.dtype), None, None
 
 
-class _Scaled(torch.autograd.Function):
+class _Scaled(Function):
     """The gradient: what the forward pass saved, times a scalar; refuses to be differentiated again."""
 
     @staticmethod

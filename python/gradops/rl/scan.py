@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_integers, check_like, check_tensor
-from .._op import needs_derivative, register
+from .._op import Function, needs_derivative, register
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -192,7 +192,7 @@ def _adjoint_of_returns(grads: tuple[Tensor, ...], present: list[bool], s: Steps
     return [total, to_start]
 
 
-class _Map(torch.autograd.Function):
+class _Map(Function):
     """Advantages and returns from (kind, *Inputs, *Steps)."""
 
     generate_vmap_rule = True
@@ -223,7 +223,7 @@ class _Map(torch.autograd.Function):
         return _Map.apply(ctx.kind, *full, *ctx.saved_tensors, *ctx.numbers)
 
 
-class _Adjoint(torch.autograd.Function):
+class _Adjoint(Function):
     """The transpose of _Map: cotangents of those inputs that are present."""
 
     generate_vmap_rule = True

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_integers
-from .._op import needs_derivative, primals, register
+from .._op import Function, needs_derivative, primals, register
 
 OUTPUTS = ("logp", "lse", "entropy", "sum_p2", "sum_p3")
 
@@ -185,7 +185,7 @@ def _gradient(s: _Softmax, index: Tensor, grads: Sequence[Tensor | None]) -> Ten
     return out * s.slope
 
 
-class _SelectiveLogSoftmax(torch.autograd.Function):
+class _SelectiveLogSoftmax(Function):
     generate_vmap_rule = True
 
     @staticmethod
