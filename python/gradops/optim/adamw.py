@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import MatrixOptimizer, _Item, zeros_like_state
+from .base import MatrixOptimizer, _Item, factor, zeros_like_state
 
 
 class AdamW(MatrixOptimizer):
@@ -70,14 +70,18 @@ class AdamW(MatrixOptimizer):
 
     @classmethod
     def _directions(cls, items: list[_Item], grads: list[Tensor]) -> list[Tensor]:
-        beta1, beta2 = items[0].group["betas"]
+        group = items[0].group
+        beta1, beta2 = group["betas"]
         steps, first, second = ([item.state[key] for item in items] for key in ("step", "exp_avg", "exp_avg_sq"))
-        torch._foreach_add_(steps, 1)
+        one = torch.ones_like(steps[0])  # of a number torch makes a tensor at each use
+        torch._foreach_add_(steps, [one] * len(steps))
         torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
+        torch._foreach_mul_(second, factor(beta2, second))
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
         # The step counts are tensors, so that the corrections follow them in a captured graph.
+        t = torch.stack(steps)
+        correction = one - beta1**t
         root = torch._foreach_sqrt(second)
-        torch._foreach_div_(root, [(1 - beta2**t).sqrt() for t in steps])
-        torch._foreach_add_(root, items[0].group["eps"])
-        return [m / d.mul_(1 - beta1**t) for m, d, t in zip(first, root, steps, strict=True)]
+        torch._foreach_mul_(root, (correction / (one - beta2**t).sqrt()).unbind())
+        torch._foreach_add_(root, (correction * group["eps"]).unbind())
+        return list(torch._foreach_div(first, root))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
 from .._checks import check_number
@@ -142,19 +143,20 @@ class MatrixOptimizer(ResumingOptimizer):
         batches: dict[tuple[Any, ...], list[_Item]] = {}
         for group in self.param_groups:
             rule = self._rule(group)
-            settings = tuple(_hashable(group[name]) for name in rule._kernel_settings)
+            settings = tuple([_hashable(group[name]) for name in rule._kernel_settings])
             for i, p in enumerate(group["params"]):
-                if p.grad is None or p.numel() == 0:
+                grad = p.grad
+                if grad is None or p.numel() == 0:
                     continue
-                if p.grad.layout != torch.strided:
+                if grad.layout != torch.strided:
                     raise TypeError(
                         f"{type(self).__name__} does not support sparse gradients: that of {_name(group, i)} "
-                        f"has layout {p.grad.layout}; use nn.Embedding(sparse=False)"
+                        f"has layout {grad.layout}; use nn.Embedding(sparse=False)"
                     )
                 state = self.state[p]
                 if not state:
                     state.update(rule._init_state(_local(p), group))
-                item = _Item(_local(p), _local(p.grad), state, group)
+                item = _Item(_local(p), _local(grad), state, group)
                 shape = None if rule._elementwise else p.shape
                 key = (rule, settings, shape, p.dtype, p.device)
                 batches.setdefault(key, []).append(item)
@@ -179,10 +181,10 @@ def _stack(tensors: list[Tensor], layout: str, heads: int | None) -> Tensor:
 
 def _working_grads(items: list[_Item], grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor]:
     """Gradients in the state's dtype, unscaled, with the sign of a minimisation; p.grad itself stays as it is."""
+    dtype = items[0].group["state_dtype"] or torch.promote_types(items[0].param.dtype, torch.float32)
     grads = []
     for item in items:
-        dtype = item.group["state_dtype"] or torch.promote_types(item.param.dtype, torch.float32)
-        grad = item.grad.to(dtype)
+        grad = item.grad if item.grad.dtype == dtype else item.grad.to(dtype)
         if grad_scale is not None:
             grad = grad / grad_scale.to(grad.device, non_blocking=True)
         if found_inf is not None:  # this step will be undone: nothing in it need meet an infinity
@@ -198,14 +200,17 @@ def _apply(items: list[_Item], directions: list[Tensor]) -> None:
         group = run_items[0].group
         lr, decay = scalar(group["lr"]), scalar(group["weight_decay"])
         params = [item.param for item in run_items]
-        wide = [p.to(d.dtype) for p, d in zip(params, run_directions, strict=True)]  # p itself if equal
-        if isinstance(lr, Tensor) or isinstance(decay, Tensor) or decay != 0:
+        dtype = run_directions[0].dtype
+        wide = params if params[0].dtype == dtype else [p.to(dtype) for p in params]
+        if isinstance(lr, Tensor) or isinstance(decay, Tensor):
             torch._foreach_mul_(wide, 1 - lr * decay)
+        elif decay != 0:
+            torch._foreach_mul_(wide, factor(1 - lr * decay, wide))
         if isinstance(lr, Tensor):
             torch._foreach_sub_(wide, torch._foreach_mul(run_directions, lr))
         else:
             torch._foreach_add_(wide, run_directions, alpha=-lr)
-        if wide[0] is not params[0]:
+        if wide is not params:
             torch._foreach_copy_(params, wide)
 
 
@@ -222,13 +227,20 @@ def scalar(x: Any) -> Any:
     return x.reshape(()) if isinstance(x, Tensor) else x
 
 
+def factor(x: float, tensors: list[Tensor]) -> float | Tensor:
+    """A number to multiply many tensors by: on the CPU torch makes a tensor of it, and for each of them anew."""
+    if len(tensors) < 8 or not tensors[0].is_cpu:
+        return x
+    return torch.tensor(x, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+
+
 def _hashable(x: Any) -> Any:
     return tuple(_hashable(v) for v in x) if isinstance(x, (list, tuple)) else x
 
 
 def _placements(x: Tensor) -> tuple[Any, ...] | None:
     """Those of a DTensor, None for a plain tensor."""
-    return getattr(x, "placements", None)
+    return None if type(x) in (Tensor, Parameter) else getattr(x, "placements", None)
 
 
 def _local(x: Tensor) -> Tensor:
