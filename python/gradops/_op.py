@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
 _library = torch.library.Library("gradops", "FRAGMENT")
@@ -45,7 +45,7 @@ def primal(t: Tensor) -> Tensor:
 
 
 class Function(torch.autograd.Function):
-    """An autograd.Function whose `forward` has no default arguments.
+    """An autograd.Function with `setup_context`, whose `forward` has no default arguments.
 
     Torch looks for those at each call, by `inspect.signature`, which takes longer than a small op.
     """
@@ -54,8 +54,10 @@ class Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        # What torch's own does then.
-        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+        bare = [unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args]
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:  # type: ignore[attr-defined]
+            return cls.forward(*bare)  # there is nothing to record
+        return super(torch.autograd.Function, cls).apply(*bare)  # type: ignore[misc]  # as torch's own does
 
 
 class KeepsInputs(Function):
@@ -87,6 +89,7 @@ def register(name: str, *, fake: Callable[..., Any], vmap: bool = True) -> Calla
     vmap: every tensor of the op has its batch dimensions in front, so a new one may be put there.
     """
     op = getattr(torch.ops.gradops, name).default
+    inner = op._op  # what is behind the method __call__
     torch.library.register_fake(f"gradops::{name}", fake)
     if vmap:
         torch.library.register_vmap(f"gradops::{name}", _in_front(op))
@@ -94,7 +97,7 @@ def register(name: str, *, fake: Callable[..., Any], vmap: bool = True) -> Calla
 
     def call(*args: Any) -> Any:
         with _below_autograd():
-            return op(*args)
+            return inner(*args)
 
     return call
 

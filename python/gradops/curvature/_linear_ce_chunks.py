@@ -26,7 +26,15 @@ def _gradients(hidden: Tensor, weight: Tensor, wanted: int) -> list[Tensor]:
     return [hidden.new_empty(shape if wanted >> i & 1 else (*batch, 0), dtype=wide) for i, shape in enumerate(shapes)]
 
 
+def _of(t: Tensor, rows: slice) -> Tensor:
+    """t[rows]; where that is all of t, without the time of making it, which adds up for small problems."""
+    return t if rows.stop - rows.start == t.shape[0] else t[rows]
+
+
 def _items(batch: tuple[int, ...], *tensors: Maybe) -> Iterator[list[Any]]:
+    if not batch:
+        yield list(tensors)
+        return
     for i in product(*map(range, batch)):
         yield [None if t is None else t[i] for t in tensors]
 
@@ -39,13 +47,12 @@ class _Sums:
 
     def add_bias(self, rows: slice, dz: Tensor) -> None:
         if self.wanted & BIAS:
-            part = dz.sum(0)
-            self.bias.copy_(part) if rows.start == 0 else self.bias.add_(part)
+            torch.sum(dz, 0, out=self.bias) if rows.start == 0 else self.bias.add_(dz.sum(0))
 
     def add_hidden(self, rows: slice, dz: Tensor, weight: Maybe, more: bool = False) -> None:
         """With `more`, a further part of these rows."""
         if self.wanted & HIDDEN and weight is not None:
-            wide_matmul_(self.hidden[rows], dz, weight, add=more)
+            wide_matmul_(_of(self.hidden, rows), dz, weight, add=more)
 
     def add_weight(self, rows: slice, dz: Tensor, hidden: Tensor) -> None:
         if self.wanted & WEIGHT:
@@ -58,7 +65,7 @@ def _memory(hidden: Tensor, weight: Tensor, count: int) -> Iterator[tuple[slice,
     size = min(_ROWS[hidden.device.type], max(n // 4, 64))
     memory = hidden.new_empty(count * min(n, size), v, dtype=_wide(hidden.dtype))
     for rows in _chunks(n, size):
-        yield rows, memory[:count * (rows.stop - rows.start)]
+        yield rows, _of(memory, slice(0, count * (rows.stop - rows.start)))
 
 
 def _logits(both: Tensor, rows: slice, hidden: Tensor, weight: Tensor, bias: Maybe, hidden_dot: Maybe,
@@ -67,13 +74,13 @@ def _logits(both: Tensor, rows: slice, hidden: Tensor, weight: Tensor, bias: May
     n = rows.stop - rows.start
     z, u = both[:n], both[n:]
     if hidden_dot is None:
-        wide_matmul_(z, hidden[rows], weight.mT)
+        wide_matmul_(z, _of(hidden, rows), weight.mT)
         if weight_dot is None:
             u.zero_()
     else:
         wide_matmul_(both, torch.cat([hidden[rows], hidden_dot[rows]]), weight.mT)
     if weight_dot is not None:
-        wide_matmul_(u, hidden[rows], weight_dot.mT, add=hidden_dot is not None)
+        wide_matmul_(u, _of(hidden, rows), weight_dot.mT, add=hidden_dot is not None)
     if bias is not None:
         z += bias
     if bias_dot is not None:
@@ -121,25 +128,27 @@ def _sweep(options: tuple[int, float], wanted: int, wanted_dot: int, out: list[T
     first, second = _Sums(wanted, *gradients), _Sums(wanted_dot, *changes)
     for rows, both in _memory(hidden, weight, 2 if moves else 1):
         z, u = _logits(both, rows, hidden, weight, bias, *dots)
+        at = _of(target, rows)
         if lse is None:
-            loss[rows], new_lse[rows] = _kernels.cross_entropy(z, target[rows], *options)
-        known, row_g, row_g_dot = (None if t is None else t[rows] for t in (new_lse if lse is None else lse, g, g_dot))
+            loss[rows], new_lse[rows] = _kernels.cross_entropy(z, at, *options)
+        known, row_g, row_g_dot = (None if t is None else _of(t, rows)
+                                   for t in (new_lse if lse is None else lse, g, g_dot))
         if moves:
-            loss_dot[rows], lse_dot[rows] = _kernels.cross_entropy_jvp(z, target[rows], u, known, *options)
+            loss_dot[rows], lse_dot[rows] = _kernels.cross_entropy_jvp(z, at, u, known, *options)
         if wanted_dot:  # u becomes the change of the gradient
-            _kernels.cross_entropy_backward_jvp_(z, target[rows], u, known, lse_dot[rows], row_g, row_g_dot, *options)
+            _kernels.cross_entropy_backward_jvp_(z, at, u, known, lse_dot[rows], row_g, row_g_dot, *options)
             second.add_bias(rows, u)
         if wanted or wanted_dot:  # and z the gradient
-            _kernels.cross_entropy_backward_(z, target[rows], known, row_g, *options)
+            _kernels.cross_entropy_backward_(z, at, known, row_g, *options)
             first.add_bias(rows, z)
             both = _for_products(both, hidden)
             z, u = both.tensor_split([len(z)])
         first.add_hidden(rows, z, weight)
-        first.add_weight(rows, z, hidden[rows])
+        first.add_weight(rows, z, _of(hidden, rows))
         second.add_hidden(rows, u, weight)
         second.add_hidden(rows, z, weight_dot, more=True)
         if hidden_dot is None:
-            second.add_weight(rows, u, hidden[rows])
+            second.add_weight(rows, u, _of(hidden, rows))
         else:
             second.add_weight(rows, both, torch.cat([hidden_dot[rows], hidden[rows]]))
 
@@ -159,5 +168,5 @@ def ggn(hidden: Tensor, weight: Tensor, hidden_dot: Maybe, weight_dot: Maybe, sc
             _kernels.softmax_ce_hvp_out(z, u, c[rows], u)
             u = _for_products(u, h)
             sums.add_hidden(rows, u, w)
-            sums.add_weight(rows, u, h[rows])
+            sums.add_weight(rows, u, _of(h, rows))
     return out

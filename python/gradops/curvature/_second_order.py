@@ -149,7 +149,7 @@ def differentiable(
 
         jvp = backward
 
-    class Dual(Function):
+    class Dual(torch.autograd.Function):
         """Forward and jvp in one pass, where the input comes with its change; then also backward and backward_jvp."""
 
         two_orders = True

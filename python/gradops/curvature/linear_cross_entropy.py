@@ -51,11 +51,13 @@ def _there(wanted: Sequence[bool], c: Values) -> bool:
 
 
 def _rounded(grads: Values, x: Values, wanted: Sequence[bool]) -> list[Maybe]:
-    return [t.to(like.dtype) if w else None for t, like, w in zip(grads, x, wanted, strict=True)]
+    return [None if not w else t if t.dtype == like.dtype else t.to(like.dtype)
+            for t, like, w in zip(grads, x, wanted, strict=True)]
 
 
 def _times(g: Tensor, grads: Values, wanted: Sequence[bool]) -> list[Any]:
-    return [t * g.to(t.dtype).reshape(*g.shape, *[1] * (t.dim() - g.dim())) if w else None
+    g = g.to(grads[0].dtype)
+    return [None if not w else t * (g.reshape(*g.shape, *[1] * (t.dim() - g.dim())) if g.dim() else g)
             for t, w in zip(grads, wanted, strict=True)]
 
 

@@ -142,6 +142,8 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> l
     tensors = [t if t.dim() > 2 else t[None] for t in (query, key, value)]
     q, k, v = (tuple(t.shape[:-3]) for t in tensors)
     heads, key_heads, value_heads = (t.shape[-3] for t in tensors)
+    if q == k == v and heads == key_heads == value_heads:
+        return tensors
     try:
         front = torch.broadcast_shapes(q, k, v)
         if enable_gqa:

@@ -23,10 +23,11 @@ def _chunks(n: int, size: int) -> Iterator[slice]:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
     """A part of the vocabulary after the other: which, and all rows' logits there, in memory of the one before."""
-    memory = hidden.new_empty(len(hidden) * min(chunk_size, len(weight)), dtype=_wide(hidden.dtype))
-    for part in _chunks(len(weight), chunk_size):
+    n, vocabulary = len(hidden), len(weight)
+    memory = hidden.new_empty(n * min(chunk_size, vocabulary), dtype=_wide(hidden.dtype))
+    for part in _chunks(vocabulary, chunk_size):
         width = part.stop - part.start
-        logits = memory[:len(hidden) * width].view(len(hidden), width)
+        logits = memory[:n * width].view(n, width)
         wide_matmul_(logits, hidden, weight[part].mT)
         if bias is not None:
             logits += bias[part]
@@ -40,10 +41,14 @@ def _local(targets: Tensor, part: slice) -> Tensor:
 
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float,
             entropy: bool, moments: bool, partial: bool, chunk_size: int) -> tuple[Tensor, ...]:
-    if hidden.is_cpu and not partial and targets.numel():
+    looked_at = hidden.is_cpu and not partial
+    if looked_at and targets.numel():
         low, high = (int(x) for x in targets.aminmax())
         if low < 0 or high >= len(weight):
             raise ValueError(f"targets must be in [0, {len(weight)}), got {low if low < 0 else high}")
+    if looked_at and len(weight) <= chunk_size:  # nothing to merge
+        (_, logits), = _logits(hidden, weight, bias, chunk_size)
+        return _log_softmax(logits, targets, None, None, temperature, softcap, entropy, moments, False)
     parts, mine = [], []
     for part, logits in _logits(hidden, weight, bias, chunk_size):
         at = _local(targets, part)

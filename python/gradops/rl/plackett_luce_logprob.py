@@ -55,14 +55,16 @@ def plackett_luce_logprob(scores: Tensor, permutation: Tensor) -> Tensor:
         if x.dim() < 1:
             raise ValueError(f"{name} must have at least 1 dimension {shape}, got none")
     check_device(permutation, "permutation", scores, "scores")
-    try:
-        batch = torch.broadcast_shapes(scores.shape[:-1], permutation.shape[:-1])
-    except RuntimeError:
-        raise ValueError(f"the leading dimensions of scores {tuple(scores.shape)} and permutation "
-                         f"{tuple(permutation.shape)} cannot be broadcast") from None
+    if scores.shape[:-1] != permutation.shape[:-1]:
+        try:
+            batch = torch.broadcast_shapes(scores.shape[:-1], permutation.shape[:-1])
+        except RuntimeError:
+            raise ValueError(f"the leading dimensions of scores {tuple(scores.shape)} and permutation "
+                             f"{tuple(permutation.shape)} cannot be broadcast") from None
+        scores = scores.expand(*batch, scores.shape[-1])
+        permutation = permutation.expand(*batch, permutation.shape[-1])
     scores = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
-    scores = scores.expand(*batch, scores.shape[-1])
-    permutation = permutation.long().expand(*batch, permutation.shape[-1])
+    permutation = permutation.long()
     return (_LogProb.apply if needs_derivative(scores) else _op)(scores, permutation)
 
 

@@ -199,7 +199,7 @@ def _policy_loss(
     computing = torch.promote_types(logp.dtype, torch.float32)
 
     def as_computing(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(computing)
+        return x if x is None or x.dtype == computing else x.to(computing)
 
     args = (as_computing(old_logp), as_computing(advantages), None if cu_seqlens is None else cu_seqlens.long(),
             None if mask is None else mask.bool(), as_computing(ref_logp), as_computing(is_weights), objective, level,
@@ -230,7 +230,7 @@ class _PolicyLoss(Function):
         # Where a graph of the gradient is made, it must lead to logp, to be refused there.
         twice = torch.is_grad_enabled() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
         out = _Scaled.apply(dlogp, scale, logp) if twice else dlogp * scale
-        return out.to(logp.dtype), *(None,) * 11
+        return out if out.dtype == logp.dtype else out.to(logp.dtype), *(None,) * 11
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_):

@@ -95,11 +95,12 @@ def check(rewards: Any, values: Any, next_values: Any, last_values: Any, termina
         if not 0 <= factor <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {factor}")
     numbers = [x for x in (rewards, values, next_values, last_values) if x is not None]
-    dtype = numbers[0].dtype
+    dtype = rewards.dtype
     for x in numbers[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
+        if x.dtype != dtype:
+            dtype = torch.promote_types(dtype, x.dtype)
     rewards, values, next_values, last_values = (
-        None if x is None else x.to(dtype) for x in (rewards, values, next_values, last_values))
+        x if x is None or x.dtype == dtype else x.to(dtype) for x in (rewards, values, next_values, last_values))
     if ratios is not None:
         ratios = ratios.to(_wide(ratios.dtype)).exp().to(dtype if dtype == torch.float64 else torch.float32)
     return (Inputs(rewards, values, next_values, last_values),
@@ -163,8 +164,9 @@ def _adjoint_of_advantages(grads: tuple[Tensor, ...], present: list[bool], s: St
     skipped, g, a = _weights(grads[0], s)
     grad_a, grad_r = (_hide(x, skipped) for x in grads)
     if s.ratios is None:
-        carried, _ = _carry_scan(_hide(a * (grad_a + grad_r), skipped), a, s.cu_seqlens)
-        delta = _hide(grad_a + grad_r + carried, skipped)
+        grad = grad_a + grad_r
+        carried, _ = _carry_scan(_hide(a * grad, skipped), a, s.cu_seqlens)
+        delta = _hide(grad + carried, skipped)
     else:
         rho = s.ratios.to(a.dtype).clamp(max=s.rho_clip)
         into = _hide(a * grad_r + torch.where(g == 0, 0, g * rho) * grad_a, skipped)
