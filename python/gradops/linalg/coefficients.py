@@ -1,4 +1,5 @@
 """Coefficients (a, b, c) of X <- a X + (b A + c A^2) X, A = X X^T, by the names under which people know them."""
+import functools
 from collections.abc import Sequence
 
 Coefficients = tuple[tuple[float, float, float], ...]
@@ -68,24 +69,7 @@ def resolve(coefficients: str | Sequence[Sequence[float]], steps: int) -> Coeffi
 
 def _table(coefficients: str | Sequence[Sequence[float]], steps: int) -> Coefficients:
     if isinstance(coefficients, str):
-        match coefficients:
-            case "polar_express":  # the paper divides by the factor once more in front: ||x|| * 1.01
-                table = _safe(_POLAR_EXPRESS[:-1], _SAFETY) + _POLAR_EXPRESS[-1:]
-                return _safe(table[:1], _SAFETY) + table[1:]
-            case "simple":
-                return (_SIMPLE,)
-            case "quintic":
-                return _QUINTIC
-            case "cans":  # as published it overshoots in bfloat16
-                return _safe(_CANS, _SAFETY)
-            case "aol":
-                return _AOL
-            case "deepseekv4":  # `simple`, then two steps that converge to 1
-                return (_SIMPLE,) * max(steps - 2, 0) + ((2.0, -1.5, 0.5),) * 2
-            case "cubic5":
-                return _CUBIC5
-        raise ValueError(f"coefficients must be one of {', '.join(NAMES)} or a sequence of (a, b, c), "
-                         f"got {coefficients!r}")
+        return _named(coefficients, steps)
     try:
         table = tuple((float(a), float(b), float(c)) for a, b, c in coefficients)
     except (TypeError, ValueError):
@@ -94,3 +78,25 @@ def _table(coefficients: str | Sequence[Sequence[float]], steps: int) -> Coeffic
     if not 1 <= len(table) <= steps:
         raise ValueError(f"coefficients must hold between 1 and steps = {steps} triples, got {len(table)}")
     return table
+
+
+@functools.cache
+def _named(coefficients: str, steps: int) -> Coefficients:
+    match coefficients:
+        case "polar_express":  # the paper divides by the factor once more in front: ||x|| * 1.01
+            table = _safe(_POLAR_EXPRESS[:-1], _SAFETY) + _POLAR_EXPRESS[-1:]
+            return _safe(table[:1], _SAFETY) + table[1:]
+        case "simple":
+            return (_SIMPLE,)
+        case "quintic":
+            return _QUINTIC
+        case "cans":  # as published it overshoots in bfloat16
+            return _safe(_CANS, _SAFETY)
+        case "aol":
+            return _AOL
+        case "deepseekv4":  # `simple`, then two steps that converge to 1
+            return (_SIMPLE,) * max(steps - 2, 0) + ((2.0, -1.5, 0.5),) * 2
+        case "cubic5":
+            return _CUBIC5
+    raise ValueError(f"coefficients must be one of {', '.join(NAMES)} or a sequence of (a, b, c), "
+                     f"got {coefficients!r}")
