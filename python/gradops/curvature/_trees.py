@@ -16,7 +16,8 @@ class Tree:
 
     def __init__(self, tree: Any, name: str) -> None:
         pairs, self.spec = pytree.tree_flatten_with_path(tree)
-        self.names = [name + pytree.keystr(path) for path, _ in pairs]
+        self.paths = [pytree.keystr(path) for path, _ in pairs]
+        self.names = [name + path for path in self.paths]
         self.tensors: list[Tensor] = [t for _, t in pairs]
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError("products are made of autograd's own calls and must be taken outside of torch.func "
@@ -37,17 +38,13 @@ class Tree:
     def vector(self, v: Any, name: str = "v", *, stacked: bool = False) -> tuple[list[Tensor], int | None]:
         """The leaves of a vector of the shape of this tree, and k if it is `stacked`: k vectors along a new first
         axis of every leaf."""
-        pairs, _ = pytree.tree_flatten_with_path(v)
-        found = {pytree.keystr(path): t for path, t in pairs}
-        expected = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(self.build(self.tensors))[0]]
-        if set(found) != set(expected) or len(found) != len(pairs):
-            odd = sorted(set(found) ^ set(expected))
-            raise ValueError(f"{name} must have the structure of params; they differ in {', '.join(odd[:4])}"
-                             f"{' and more' if len(odd) > 4 else ''}")
+        given, spec = pytree.tree_flatten(v)
+        if spec != self.spec:  # of dicts the order may be another
+            given = self._by_path(v, name)
         count: int | None = None
         vectors = []
-        for i, (path, p, own) in enumerate(zip(expected, self.tensors, self.names, strict=True)):
-            t, leaf = found[path], name + path
+        for i, (t, path, p, own) in enumerate(zip(given, self.paths, self.tensors, self.names, strict=True)):
+            leaf = name + path
             check_floating(t, leaf)
             refuse_derivative("a product with a Hessian", **{leaf: t})
             if t.dtype != p.dtype:
@@ -62,6 +59,15 @@ class Tree:
                 raise ValueError(f"{leaf} must have the shape of {own}, {tuple(p.shape)}{behind}, got {tuple(t.shape)}")
             vectors.append(t.detach())
         return vectors, count
+
+    def _by_path(self, v: Any, name: str) -> list[Any]:
+        pairs, _ = pytree.tree_flatten_with_path(v)
+        found = {pytree.keystr(path): t for path, t in pairs}
+        if set(found) != set(self.paths) or len(found) != len(pairs):
+            odd = sorted(set(found) ^ set(self.paths))
+            raise ValueError(f"{name} must have the structure of params; they differ in {', '.join(odd[:4])}"
+                             f"{' and more' if len(odd) > 4 else ''}")
+        return [found[path] for path in self.paths]
 
 
 def template(matvec: Any, like: Any, function: str) -> Tree:

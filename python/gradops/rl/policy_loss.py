@@ -140,7 +140,7 @@ def policy_loss(
     )  # fmt: skip
     if isinstance(normalizer, Tensor):
         loss = loss / normalizer.to(loss.dtype).reshape(())
-    return loss, PolicyStats(*totals[2:].unbind())
+    return loss, PolicyStats(*totals.unbind()[2:])
 
 
 def _check(logp: Any, old_logp: Any, advantages: Any, cu_seqlens: Any, mask: Any, ref_logp: Any,
