@@ -116,6 +116,24 @@ def test_public_function_refuses_a_derivative(name):
         torch.func.jvp(c.public, (x,), (x,))
 
 
+class Cut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@where(lambda c: c.public and c.derivatives)
+def test_a_gradient_that_is_undefined_is_zero(name):
+    c = CALLS[name]
+    x = c.example().requires_grad_()
+    grad, = torch.autograd.grad(Cut.apply(c.public(x)).sum(), x, allow_unused=True)
+    assert grad is None or not grad.any()
+
+
 def test_functions_have_no_default_arguments():
     """Their apply does not look for any, neither here nor at a call."""
     seen, pending = [], [Function]

@@ -119,11 +119,14 @@ class _OneTokenRollout(Function):
         logits, targets, _, ctx.temperature, ctx.beta, _ = inputs
         _, state, samples = output
         ctx.mark_non_differentiable(state, samples)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, targets, samples, state)
         ctx.save_for_forward(logits, targets, samples, state)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_):
+    def backward(ctx: Any, grad: Tensor | None, *_):
+        if grad is None:
+            return (None,) * 6
         logits, targets, samples, state = ctx.saved_tensors
         if needs_derivative(logits, grad):
             p, w = _policies(logits, targets, samples, ctx.temperature, ctx.beta)

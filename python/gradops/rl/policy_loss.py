@@ -220,11 +220,14 @@ class _PolicyLoss(Function):
     def setup_context(ctx: Any, inputs, output) -> None:
         _, totals, dlogp = output
         ctx.mark_non_differentiable(totals, dlogp)
+        ctx.set_materialize_grads(False)  # it would make zeros of the size of dlogp
         ctx.save_for_backward(inputs[0], totals, dlogp)
         ctx.save_for_forward(totals, dlogp)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_):
+    def backward(ctx: Any, grad: Tensor | None, *_):
+        if grad is None:
+            return (None,) * 12
         logp, totals, dlogp = ctx.saved_tensors
         scale = grad * totals[1].to(grad.dtype)
         # Where a graph of the gradient is made, it must lead to logp, to be refused there.

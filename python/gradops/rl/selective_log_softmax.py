@@ -195,6 +195,7 @@ class _SelectiveLogSoftmax(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
         logits, index, keep_ids, keep_offsets, ctx.temperature, ctx.softcap, ctx.entropy, ctx.moments = inputs
+        ctx.set_materialize_grads(False)
         ctx.sets = keep_ids is not None
         sets = (keep_ids, keep_offsets) if ctx.sets else ()
         ctx.save_for_backward(logits, index, output[1], output[2], *sets)
