@@ -60,8 +60,39 @@ GRADOPS_TEAM void open_epoch(Team& team, const Transport& t, TransportState& s, 
   team.once([&] { c.rise[c.newest % kEpochs] = 0; });
 }
 
-// Scans the stale columns and shortens the long lists. What a list keeps beyond the support lets alpha move: here as
-// much as the support's own height, and by `spare` times the column's mass besides.
+// From a cold start supports are wide: if there is room and the costs are few, every row is a candidate at first, and
+// nothing has to be scanned. Larger costs would leave the caches.
+constexpr int64_t kListAll = 1 << 12;
+GRADOPS_TEAM bool may_list_all(const Transport& t) { return t.capacity >= t.cost.n && t.cost.n * t.cost.m <= kListAll; }
+template <class Team>
+GRADOPS_TEAM void list_all(Team& team, const Transport& t, TransportState& s, const double* alpha) {
+  open_epoch(team, t, s, alpha);
+  const Candidates& c = s.lists;
+  const int64_t n = t.cost.n, m = t.cost.m, capacity = t.capacity;
+  constexpr int64_t kBlock = 16;  // columns of a cache line
+  team.columns((m + kBlock - 1) / kBlock, kBlock * n, [&](int64_t block, const auto& lanes) {
+    const int64_t begin = block * kBlock, end = begin + kBlock < m ? begin + kBlock : m;
+    const auto list = [&](const auto& cost) {
+      lanes.each(n, [=](int64_t i) {
+        for (int64_t j = begin; j < end; ++j)
+          c.index[j * capacity + i] = int32_t(i), c.cost[j * capacity + i] = cost(i, j) - s.shift;
+      });
+    };
+    if (t.cost.matrix && t.cost.element == Element::f32) {  // mostly; a loop without cases
+      const float* matrix = static_cast<const float*>(t.cost.matrix);
+      list([=](int64_t i, int64_t j) { return double(matrix[i * m + j]); });
+    } else {
+      list([=](int64_t i, int64_t j) { return cost_at(t.cost, i, j); });
+    }
+    lanes.each(end - begin, [=](int64_t l) {
+      const int64_t j = begin + l;
+      c.count[j] = int32_t(n), c.epoch[j] = c.newest, c.low[j] = -kInfinity, c.guess[j] = kInfinity;
+    });
+  });
+}
+
+// Scans the stale columns and shortens the long lists. What a list keeps beyond the support lets alpha move: here a
+// third of the support's own height, and `spare` times the column's mass besides.
 template <class Team>
 GRADOPS_TEAM bool refresh(Team& team, const Transport& t, TransportState& s, const double* alpha, double reg,
                           double spare) {
@@ -88,7 +119,7 @@ GRADOPS_TEAM bool refresh(Team& team, const Transport& t, TransportState& s, con
       const int64_t at = j * t.capacity;
       const auto x = [=](int64_t k) { return alpha[c.index[at + k]] - c.cost[at + k]; };
       const double level = c.guess[j], top = lanes.largest(c.count[j], x), height = top - level;
-      const double low = level - (height > 0 ? height : 0) - spare * t.b[j] - 1e-14 * __builtin_fabs(level) - slack;
+      const double low = level - (height > 0 ? height / 3 : 0) - spare * t.b[j] - 1e-14 * __builtin_fabs(level) - slack;
       if (c.mark[j] == kListStale) {
         lanes.once([&] { c.scan_low[j] = low - s.shift, c.low[j] = low + slack; });
         return;

@@ -1,16 +1,48 @@
 // cpu_team.h: the team of one transport problem on the CPU (ot/team.h). For *.kernel.cpp: local to the includer.
 #pragma once
-#if defined(__AVX512F__) && defined(__AVX512VL__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 #include "common/parallel.h"
+#include "common/simd.h"
 #include "ot/column_scan.h"
 #include "ot/cpu_pieces.h"
 #include "ot/team.h"
 
 namespace gradops {
 namespace {
+
+#if !defined(__AVX512F__)
+constexpr int kWide = kLanes<double>;
+
+// Sum and number of what is above a level.
+struct All {};
+class Above {
+ public:
+  [[gnu::always_inline]] explicit Above(double level) : level_(Vec<double>{} + level) {}
+  [[gnu::always_inline]] void add(Vec<double> v, All = {}) { keep(v - level_, v > level_); }
+  [[gnu::always_inline]] void add(Vec<double> v, int64_t count) {  // of the first few
+    Vec<int64_t> place;
+    for (int l = 0; l < kWide; ++l) place[l] = l;
+    keep(v - level_, (v > level_) & (place < count));
+  }
+  [[gnu::always_inline]] double sum(int64_t& number) const {
+    double s = 0;
+    number = 0;
+    for (int l = 0; l < kWide; ++l) s += sum_[l], number -= number_[l];
+    return s;
+  }
+
+ private:
+  [[gnu::always_inline]] void keep(Vec<double> v, Vec<int64_t> wanted) {
+    sum_ += (Vec<double>)((Vec<int64_t>)v & wanted);
+    number_ += wanted;
+  }
+  Vec<double> level_, sum_ = {};
+  Vec<int64_t> number_ = {};
+};
+#endif
 
 struct CpuLanes {  // one lane
   template <class F>
@@ -88,8 +120,17 @@ struct CpuLanes {  // one lane
     number = c;
     return _mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1]));
   }
+#else
+  // Reads whole vectors: there is room for them.
+  double above(int64_t count, const Values& x, double level, int64_t& number) const {
+    Above all(level);
+    int64_t k = 0;
+    for (; k + kWide <= count; k += kWide) all.add(load_anywhere(x.first + k));
+    if (k < count) all.add(load_anywhere(x.first + k), count - k);
+    return all.sum(number);
+  }
 #endif
-  // to[k] = x[at[k]] - less[k]; returns what above(count, Values{to}, level, number) does.
+  // to[k] = x[at[k]] - less[k], or x[k] - less[k]; returns what above(count, Values{to}, level, number) does.
   double load_above(int64_t count, const double* x, const int32_t* at, const double* less, double* to, double level,
                     int64_t& number) const {
 #if defined(__AVX512F__) && defined(__AVX512VL__)
@@ -103,19 +144,38 @@ struct CpuLanes {  // one lane
       s = _mm512_mask_add_pd(s, wanted, s, rest);
       c += __builtin_popcount(wanted);
     };
+    for (; !at && k + 8 <= count; k += 8) add(_mm512_loadu_pd(x + k), 0xff);
     for (; k + 8 <= count; k += 8) {  // faster than a gather
       const int32_t* i = at + k;
       add(_mm512_setr_pd(x[i[0]], x[i[1]], x[i[2]], x[i[3]], x[i[4]], x[i[5]], x[i[6]], x[i[7]]), 0xff);
     }
     if (k < count) {
       const __mmask8 there = __mmask8((1 << (count - k)) - 1);
-      add(_mm512_mask_i32gather_pd(zero, there, _mm256_maskz_loadu_epi32(there, at + k), x, 8), there);
+      add(at ? _mm512_mask_i32gather_pd(zero, there, _mm256_maskz_loadu_epi32(there, at + k), x, 8)
+             : _mm512_maskz_loadu_pd(there, x + k),
+          there);
     }
     number = c;
     return _mm512_reduce_add_pd(s);
 #else
-    each(count, [=](int64_t k) { to[k] = x[at[k]] - less[k]; });
-    return above(count, Values{to}, level, number);
+    Above all(level);
+    int64_t k = 0;
+    const auto add = [&](const auto& number_at, const auto& counted) __attribute__((always_inline)) {
+      Vec<double> v;
+      for (int l = 0; l < kWide; ++l) v[l] = number_at(k + l);
+      v -= load_anywhere(less + k);
+      store_anywhere(to + k, v);
+      all.add(v, counted);
+    };
+    const auto load = [&](const auto& number_at) {
+      for (; k + kWide <= count; k += kWide) add(number_at, All());
+      if (k < count) add([&](int64_t i) { return number_at(i < count ? i : k); }, count - k);
+    };
+    if (at)
+      load([=](int64_t i) { return x[at[i]]; });
+    else
+      load([=](int64_t i) { return x[i]; });
+    return all.sum(number);
 #endif
   }
   double sum_at(int64_t count, const double* x, const int32_t* at) const {
@@ -129,6 +189,11 @@ struct CpuLanes {  // one lane
   void add_at(int64_t count, const int32_t* at, const F& f, double* to) const {
 #pragma GCC unroll 4
     for (int64_t k = 0; k < count; ++k) to[at[k]] += f(k);  // vectors would have to be taken apart
+  }
+  void count_at(int64_t count, const int32_t* at, const double* x, double* to) const {
+    typedef double Pair __attribute__((vector_size(16), may_alias));
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < count; ++k) *reinterpret_cast<Pair*>(to + 2 * at[k]) += Pair{x[k], 1.};
   }
   template <class L, class W, class P>
   int64_t keep(int64_t count, const L& load, const W& wanted, const P& put) const {
@@ -178,12 +243,56 @@ inline Kept keep_above(const CpuLanes&, int64_t count, const int32_t* index, dou
   }
   return {place, _mm512_reduce_add_pd(sums), _mm512_reduce_add_pd(products)};
 }
+#elif defined(__AVX2__) && defined(__FMA__)
+// The same, four entries at a time: which of them go to the front for each set of wanted ones, as halves and bytes.
+struct Packing {
+  alignas(32) int32_t halves[16][8];
+  alignas(16) int8_t bytes[16][16];
+};
+constexpr Packing kPacking = [] {
+  Packing p{};
+  for (int set = 0; set < 16; ++set) {
+    int to = 0;
+    for (int from = 0; from < 4; ++from) {
+      if (!(set >> from & 1)) continue;
+      for (int h = 0; h < 2; ++h) p.halves[set][2 * to + h] = 2 * from + h;
+      for (int e = 0; e < 4; ++e) p.bytes[set][4 * to + e] = int8_t(4 * from + e);
+      ++to;
+    }
+  }
+  return p;
+}();
+inline Kept keep_above(const CpuLanes&, int64_t count, const int32_t* index, double* x, double level, int32_t* row) {
+  const __m256d floor = _mm256_set1_pd(level), zero = _mm256_setzero_pd();
+  __m256d sums = zero, products = zero;
+  int64_t place = 0;
+  for (int64_t k = 0; k < count; k += 4) {  // whole vectors: there is room, and what is behind is read already
+    const __m256d v = _mm256_sub_pd(_mm256_loadu_pd(x + k), floor);
+    const __m128i rows = _mm_loadu_si128(reinterpret_cast<const __m128i*>(index + k));
+    __m256d above = _mm256_cmp_pd(v, zero, _CMP_GT_OQ);
+    if (k + 4 > count)
+      above = _mm256_and_pd(above, _mm256_castsi256_pd(_mm256_cmpgt_epi64(_mm256_set1_epi64x(count - k),
+                                                                          _mm256_setr_epi64x(0, 1, 2, 3))));
+    const __m256d kept = _mm256_and_pd(v, above);
+    sums = _mm256_add_pd(sums, kept), products = _mm256_fmadd_pd(kept, kept, products);
+    const int set = _mm256_movemask_pd(above);
+    const __m256i halves = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPacking.halves[set]));
+    const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(kPacking.bytes[set]));
+    _mm256_storeu_pd(x + place, _mm256_castsi256_pd(_mm256_permutevar8x32_epi32(_mm256_castpd_si256(v), halves)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(row + place), _mm_shuffle_epi8(rows, bytes));
+    place += __builtin_popcount(unsigned(set));
+  }
+  const auto reduce = [](__m256d v) { return (v[0] + v[1]) + (v[2] + v[3]); };
+  return {place, reduce(sums), reduce(products)};
+}
 #endif
 
 // Threads only share what is independent item by item (each, columns) or a fixed piece (scans, scattered sums), so no
 // bit depends on their number. Sums over the vectors of a problem are short: one thread.
 class CpuTeam {
  public:
+  static constexpr int kTogether = 16;
+
   // threads: false inside a parallel_for over problems.
   explicit CpuTeam(bool threads) : threads_(threads) {}
 

@@ -67,7 +67,7 @@ struct CudaLanes {  // one warp
   }
   __device__ double load_above(int64_t count, const double* x, const int32_t* at, const double* less, double* to,
                                double level, int64_t& number) const {
-    each(count, [=](int64_t k) { to[k] = x[at[k]] - less[k]; });
+    each(count, [=](int64_t k) { to[k] = x[at ? at[k] : k] - less[k]; });
     return above(count, Values{to}, level, number);  // a lane reads what it wrote
   }
   __device__ double sum_at(int64_t count, const double* x, const int32_t* at) const {
@@ -76,6 +76,9 @@ struct CudaLanes {  // one warp
   template <class F>
   __device__ void add_at(int64_t count, const int32_t* at, const F& f, double* to) const {
     each(count, [&](int64_t k) { to[at[k]] += f(k); });
+  }
+  __device__ void count_at(int64_t count, const int32_t* at, const double* x, double* to) const {
+    each(count, [&](int64_t k) { to[2 * at[k]] += x[k], to[2 * at[k] + 1] += 1; });
   }
   // A lane reads before any lane writes, 32 entries at a time: entries may move to the front of their own array.
   template <class L, class W, class P>
@@ -106,6 +109,7 @@ struct CudaLanes {  // one warp
 class CudaTeam {
  public:
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kTogether = 1;  // other warps run while one waits
 
   __device__ explicit CudaTeam(double* scratch) : scratch_(scratch) {}  // shared memory, a number per warp
 

@@ -37,11 +37,11 @@ GRADOPS_TEAM Kept keep_above(const Lanes& lanes, int64_t count, const int32_t* i
 }
 
 // tau with sum_k (x(k) - tau)_+ = scaled, by Newton on a convex piecewise linear function: after one step it only
-// rises, and it ends on the exact set. From a guess, and excess and number, what above() says of it; number becomes how
-// many are above.
+// rises, and it ends on the exact set. number: how many are above.
 template <class Lanes, class X>
-GRADOPS_TEAM double threshold_from(const Lanes& lanes, int64_t count, const X& x, double scaled, double tau,
-                                   double excess, int64_t& number) {
+GRADOPS_TEAM double threshold(const Lanes& lanes, int64_t count, const X& x, double scaled, double guess,
+                              int64_t& number) {
+  double tau = guess, excess = lanes.above(count, x, tau, number);
   if (number == 0 || !(excess < kInfinity)) {  // a bad guess, or none: one entry alone would take all the mass
     tau = lanes.largest(count, x) - scaled;
     excess = lanes.above(count, x, tau, number);
@@ -57,12 +57,6 @@ GRADOPS_TEAM double threshold_from(const Lanes& lanes, int64_t count, const X& x
   }
   return tau;
 }
-template <class Lanes, class X>
-GRADOPS_TEAM double threshold(const Lanes& lanes, int64_t count, const X& x, double scaled, double guess,
-                              int64_t& number) {
-  const double excess = lanes.above(count, x, guess, number);
-  return threshold_from(lanes, count, x, scaled, guess, excess, number);
-}
 
 // A function of its own: ptxas compiles it once.
 GRADOPS_TEAM ProjectedColumn project_candidates(double* x, int32_t* row, int64_t count, int64_t max_nz, double reg,
@@ -70,12 +64,13 @@ GRADOPS_TEAM ProjectedColumn project_candidates(double* x, int32_t* row, int64_t
   return project_column(x, row, count, max_nz, reg, mass);
 }
 
-// With max_nz: as project.
+// With max_nz: as project, of one column.
 template <class Lanes>
 GRADOPS_TEAM void project_few(const Lanes& lanes, const Transport& t, const TransportState& s, const double* alpha,
-                              double reg, const Evaluation& e, double bound, int64_t j) {
+                              double reg, const Evaluation& e, int64_t j) {
   const Candidates& c = s.lists;
   const int64_t at = j * t.capacity, count = c.count[j];
+  const double bound = c.low[j] + c.rise[c.epoch[j] % kEpochs];  // of what is in no list
   const int32_t* index = c.index + at;
   double *x = e.weight + at, *smallest = s.columns[0] + j;
   int32_t* row = e.support + at;
@@ -102,27 +97,73 @@ GRADOPS_TEAM void project_few(const Lanes& lanes, const Transport& t, const Tran
   });
 }
 
-// Threshold and size of column j's support, and whether its list still holds all that matters. Leaves the candidates'
-// alpha_i - c_ij in the column's weights, for fill.
-template <class Lanes>
+// Thresholds and sizes of the supports of up to kColumns columns from `begin` on, and whether their lists still hold
+// all that matters; again: only those whose lists have changed. Leaves the candidates' alpha_i - c_ij in the columns'
+// weights, for fill.
+//
+// A threshold is as threshold() finds it: a few turns, each a chain of operations which waits for the one before.
+// Columns take their turns together, so that they wait at the same time.
+template <int kColumns, class Lanes>
 GRADOPS_TEAM void project(const Lanes& lanes, const Transport& t, const TransportState& s, const double* alpha,
-                          double reg, const Evaluation& e, int64_t j) {
+                          double reg, const Evaluation& e, int64_t begin, bool again) {
   const Candidates& c = s.lists;
-  const int64_t at = j * t.capacity, count = c.count[j];
-  if (!(t.b[j] > 0)) {
-    lanes.once([&] { e.tau[j] = 0, e.count[j] = 0, c.mark[j] = kListGood; });
-    return;
+  const int64_t end = begin + kColumns < t.cost.m ? begin + kColumns : t.cost.m;
+  int64_t column[kColumns], number[kColumns], above[kColumns];
+  double tau[kColumns], excess[kColumns], next[kColumns], rest[kColumns];
+  int open[kColumns], sought = 0;
+  for (int64_t j = begin; j < end; ++j) {
+    if (again && c.mark[j] == kListGood) continue;
+    if (!(t.b[j] > 0))
+      lanes.once([&] { e.tau[j] = 0, e.count[j] = 0, c.mark[j] = kListGood; });
+    else if (t.max_nz > 0)
+      project_few(lanes, t, s, alpha, reg, e, j);
+    else
+      column[sought++] = j;
   }
-  const double bound = c.low[j] + c.rise[c.epoch[j] % kEpochs];  // of what is in no list
-  if (t.max_nz > 0) return project_few(lanes, t, s, alpha, reg, e, bound, j);
-  double* x = e.weight + at;
-  int64_t number;
-  const double excess = lanes.load_above(count, alpha, c.index + at, c.cost + at, x, c.guess[j], number);
+  const auto values = [&](int p) { return Values{e.weight + column[p] * t.capacity}; };
+  for (int p = 0; p < sought; ++p) {
+    const int64_t j = column[p], at = j * t.capacity, count = c.count[j];
+    tau[p] = c.guess[j];
+    excess[p] = lanes.load_above(count, alpha, count < t.cost.n ? c.index + at : nullptr, c.cost + at, e.weight + at,
+                                 tau[p], number[p]);
+  }
   lanes.wait();
-  const double tau = threshold_from(lanes, count, Values{x}, reg * t.b[j], c.guess[j], excess, number);
+  for (int p = 0; p < sought; ++p) {
+    open[p] = p;
+    if (number[p] > 0 && excess[p] < kInfinity) continue;
+    const int64_t j = column[p];
+    tau[p] = lanes.largest(c.count[j], values(p)) - reg * t.b[j];
+    excess[p] = lanes.above(c.count[j], values(p), tau[p], number[p]);
+  }
+  int left = sought;
+  for (int64_t turn = 0; left > 0 && turn <= t.cost.n; ++turn) {
+    for (int q = 0; q < left; ++q) {
+      const int p = open[q];
+      next[p] = tau[p] + (excess[p] - reg * t.b[column[p]]) / double(number[p]);
+    }
+    for (int q = 0; q < left; ++q) {
+      const int p = open[q];
+      rest[p] = lanes.above(c.count[column[p]], values(p), next[p], above[p]);
+    }
+    int more = 0;
+    for (int q = 0; q < left; ++q) {  // without branches, which would be guessed before the sums are there
+      const int p = open[q];
+      const bool rises = number[p] > 0 && (turn == 0 || next[p] > tau[p]), last = above[p] == number[p];
+      tau[p] = rises ? next[p] : tau[p];
+      excess[p] = rises ? rest[p] : excess[p];
+      number[p] = rises ? above[p] : number[p];
+      open[more] = p;
+      more += rises && !last ? 1 : 0;
+    }
+    left = more;
+  }
   lanes.once([&] {
-    e.tau[j] = c.guess[j] = tau, e.count[j] = int32_t(number);
-    c.mark[j] = bound > tau ? kListStale : list_length(count, number);
+    for (int p = 0; p < sought; ++p) {
+      const int64_t j = column[p];
+      const double bound = c.low[j] + c.rise[c.epoch[j] % kEpochs];  // of what is in no list
+      e.tau[j] = c.guess[j] = tau[p], e.count[j] = int32_t(number[p]);
+      c.mark[j] = bound > tau[p] ? kListStale : list_length(c.count[j], number[p]);
+    }
   });
 }
 
@@ -139,10 +180,12 @@ GRADOPS_TEAM void fill(const Lanes& lanes, const Transport& t, const TransportSt
   if (t.max_nz == 0 && kept.count > 0) {
     kept = keep_above(lanes, count, index, weight, e.tau[j], row);
   } else {
-    if (t.max_nz == 0 && count > 0) {  // reg * b_j is lost beside the costs: the largest takes it all
+    if (t.max_nz == 0 && count > 0) {
+      // reg * b_j is lost beside the costs: the largest takes it all, if it has a finite cost and mass.
       const double top = lanes.largest(count, Values{weight});
       kept.count = lanes.keep(
-          count, [=](int64_t k) { return Entry{index[k], weight[k]}; }, [=](Entry v) { return v.x == top; },
+          count, [=](int64_t k) { return Entry{index[k], weight[k]}; },
+          [=](Entry v) { return v.x == top && top > kNever / 2; },
           [=](Entry v, int64_t place) { row[place] = v.row, weight[place] = 1; });
       lanes.wait();
     }
@@ -158,26 +201,36 @@ GRADOPS_TEAM void fill(const Lanes& lanes, const Transport& t, const TransportSt
   });
 }
 
-// out_i = start(i, what visit(j, lanes, sum) added to sum[i] over all columns j): columns in fixed pieces, each with
-// sums of its own; the rows of a column differ. work: what one column touches.
-template <class Team, class Visit, class Start>
-GRADOPS_TEAM void scatter(Team& team, const Transport& t, const TransportState& s, int64_t work, const Visit& visit,
-                          const Start& start, double* out) {
-  const int64_t n = t.cost.n, m = t.cost.m, pieces = s.pieces;
+// visit(j, lanes, sum) for all columns j, in fixed pieces, each with `size` sums of its own, at first 0. work: what one
+// column touches.
+template <class Team, class Visit>
+GRADOPS_TEAM void visit_pieces(Team& team, const Transport& t, const TransportState& s, int64_t work, int64_t size,
+                               const Visit& visit) {
+  const int64_t m = t.cost.m, pieces = s.pieces;
   team.columns(pieces, work * m / pieces, [&](int64_t p, const auto& lanes) {
-    double* sum = s.scatter + p * n;
-    lanes.each(n, [&](int64_t i) { sum[i] = 0; });
+    double* sum = s.scatter + p * size;
+    lanes.each(size, [&](int64_t i) { sum[i] = 0; });
     lanes.wait();
     for (int64_t j = p * m / pieces; j < (p + 1) * m / pieces; ++j) visit(j, lanes, sum);
   });
+}
+
+// q[0] of all eight pieces; no loop, so that rows become vectors.
+GRADOPS_TEAM double sum_pieces(const double* q, int64_t n) {
+  return ((q[0] + q[n]) + (q[2 * n] + q[3 * n])) + ((q[4 * n] + q[5 * n]) + (q[6 * n] + q[7 * n]));
+}
+
+// out_i = start(i, what visit(j, lanes, sum) added to sum[i] over all columns j); the rows of a column differ.
+template <class Team, class Visit, class Start>
+GRADOPS_TEAM void scatter(Team& team, const Transport& t, const TransportState& s, int64_t work, const Visit& visit,
+                          const Start& start, double* out) {
+  const int64_t n = t.cost.n;
+  visit_pieces(team, t, s, work, n, visit);
   const double* of = s.scatter;
-  if (pieces == 1)
+  if (s.pieces == 1)
     team.each(n, [&](int64_t i) { out[i] = start(i, of[i]); });
   else
-    team.each(n, [&](int64_t i) {  // no loop, so that rows become vectors
-      const double* q = of + i;
-      out[i] = start(i, ((q[0] + q[n]) + (q[2 * n] + q[3 * n])) + ((q[4 * n] + q[5 * n]) + (q[6 * n] + q[7 * n])));
-    });
+    team.each(n, [&](int64_t i) { out[i] = start(i, sum_pieces(of + i, n)); });
 }
 
 // False: a column has more candidates than there is room for.
@@ -187,28 +240,35 @@ GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, co
   const Candidates& c = s.lists;
   const int64_t n = t.cost.n, m = t.cost.m;
   s.evaluations += 1;
+  if (s.lists.newest < 0 && may_list_all(t)) list_all(team, t, s, alpha);
   measure_rise(team, t, s, alpha);
   const int64_t work = 64 + s.list_work;  // a column has its price, however short
-  team.columns(m, work, [&](int64_t j, const auto& lanes) { project(lanes, t, s, alpha, reg, e, j); });
+  const auto project_columns = [&](bool again) {
+    constexpr int kTogether = Team::kTogether;
+    team.columns((m + kTogether - 1) / kTogether, kTogether * work, [&](int64_t block, const auto& lanes) {
+      project<kTogether>(lanes, t, s, alpha, reg, e, block * kTogether, again);
+    });
+  };
+  project_columns(false);
   const double stale = team.sum(m, [&](int64_t j) { return c.mark[j] == kListStale ? 1. : 0.; });
   const double longs = team.sum(m, [&](int64_t j) { return c.mark[j] == kListLong ? 1. : 0.; });
   if (stale > 0 || longs * 8 > double(m)) {
     if (!refresh(team, t, s, alpha, reg, 0.)) return false;
-    team.columns(m, work, [&](int64_t j, const auto& lanes) {  // lists have changed
-      if (c.mark[j] != kListGood) project(lanes, t, s, alpha, reg, e, j);
-    });
+    project_columns(true);
   }
-  scatter(
-      team, t, s, work,
-      [&](int64_t j, const auto& lanes, double* sum) {
-        fill(lanes, t, s, reg, e, j);
-        lanes.wait();
-        const double* weight = e.weight + j * t.capacity;
-        const int32_t* row = e.support + j * t.capacity;
-        lanes.add_at(e.count[j], row, [&](int64_t k) { return weight[k]; }, sum);
-        lanes.wait();
-      },
-      [&](int64_t i, double sum) { return t.a[i] - sum; }, e.grad);
+  visit_pieces(team, t, s, work, 2 * n, [&](int64_t j, const auto& lanes, double* sums) {
+    fill(lanes, t, s, reg, e, j);
+    lanes.wait();
+    lanes.count_at(e.count[j], e.support + j * t.capacity, e.weight + j * t.capacity, sums);
+    lanes.wait();
+  });
+  const double* of = s.scatter;
+  if (s.pieces == 1)
+    team.each(n, [&](int64_t i) { e.grad[i] = t.a[i] - of[2 * i], e.degree[i] = of[2 * i + 1]; });
+  else
+    team.each(n, [&](int64_t i) {
+      e.grad[i] = t.a[i] - sum_pieces(of + 2 * i, 2 * n), e.degree[i] = sum_pieces(of + 2 * i + 1, 2 * n);
+    });
   const double linear = team.sum(n, [&](int64_t i) { return t.a[i] > 0 ? alpha[i] * t.a[i] : 0.; });
   e.value = linear - team.sum(m, [&](int64_t j) { return t.b[j] > 0 ? s.columns[1][j] : 0.; });
   e.residual = team.sum(n, [&](int64_t i) { return __builtin_fabs(e.grad[i]); });

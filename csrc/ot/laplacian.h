@@ -6,23 +6,10 @@
 namespace gradops {
 namespace {
 
-template <class Team>
-GRADOPS_TEAM void laplacian_degree(Team& team, const Transport& t, const TransportState& s, const Evaluation& e,
-                                   double* degree) {
-  scatter(
-      team, t, s, e.work,
-      [&](int64_t j, const auto& lanes, double* sum) {
-        const int32_t* row = e.support + j * t.capacity;
-        lanes.add_at(e.count[j], row, [&](int64_t k) { return 1; }, sum);
-        lanes.wait();
-      },
-      [](int64_t, double sum) { return sum; }, degree);
-}
-
 // out = (L + lam) v
 template <class Team>
 GRADOPS_TEAM void laplacian_apply(Team& team, const Transport& t, const TransportState& s, const Evaluation& e,
-                                  const double* degree, double lam, const double* v, double* out) {
+                                  double lam, const double* v, double* out) {
   scatter(
       team, t, s, e.work,
       [&](int64_t j, const auto& lanes, double* sum) {
@@ -33,7 +20,7 @@ GRADOPS_TEAM void laplacian_apply(Team& team, const Transport& t, const Transpor
         lanes.add_at(count, row, [&](int64_t k) { return mean; }, sum);
         lanes.wait();
       },
-      [&](int64_t i, double sum) { return (degree[i] + lam) * v[i] - sum; }, out);
+      [&](int64_t i, double sum) { return (e.degree[i] + lam) * v[i] - sum; }, out);
 }
 
 struct CgVectors {

@@ -59,24 +59,23 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
   while (s.now.residual > goal) {
     if (idle > kPatience && (s.now.residual <= 2 * least || idle > 10 * kPatience)) return NewtonEnd::stalled;
     const Evaluation& e = s.now;
-    laplacian_degree(team, t, s, e, v.degree);
-    const double relative = e.residual / s.mass, mean = team.sum(n, [&](int64_t i) { return v.degree[i]; }) / double(n);
+    const double relative = e.residual / s.mass, mean = team.sum(n, [&](int64_t i) { return e.degree[i]; }) / double(n);
     // A row in no support has no curvature: it takes its exact step alone, and must not stop conjugate gradients.
-    team.each(n, [&](int64_t i) { v.rhs[i] = v.degree[i] > 0 ? reg * e.grad[i] : 0.; });
-    const double lone = team.sum(n, [&](int64_t i) { return v.degree[i] == 0 && t.a[i] > little ? 1. : 0.; });
-    double gain = 0, change = 0;
+    team.each(n, [&](int64_t i) { v.rhs[i] = e.degree[i] > 0 ? reg * e.grad[i] : 0.; });
+    const double lone = team.sum(n, [&](int64_t i) { return e.degree[i] == 0 && t.a[i] > little ? 1. : 0.; });
+    double gain = 0, change = 0, lam = 0;
     bool ascends = false, raised = false;
     while (!ascends && !raised) {
       if (s.evaluations >= t.max_iter) return NewtonEnd::limit;
-      const double lam = mu * (relative < 1 ? relative : 1) * (mean > 1 ? mean : 1);
+      lam = mu * (relative < 1 ? relative : 1) * (mean > 1 ? mean : 1);
       const double rtol = relative < 0.01 ? __builtin_sqrt(relative) : 0.1;
       s.products += conjugate_gradients(
-          team, n, [&](const double* x, double* y) { laplacian_apply(team, t, s, e, v.degree, lam, x, y); }, v.degree,
-          lam, v.rhs, rtol, 300, v.cg, v.step);
+          team, n, [&](const double* x, double* y) { laplacian_apply(team, t, s, e, lam, x, y); }, e.degree, lam, v.rhs,
+          rtol, 300, v.cg, v.step);
       s.newton += 1;
       if (lone > 0)
         team.columns(n, 1 + int64_t(lone * double(t.cost.m) / double(n)), [&](int64_t i, const auto& lanes) {
-          if (v.degree[i] > 0 || !(t.a[i] > little)) return;
+          if (e.degree[i] > 0 || !(t.a[i] > little)) return;
           const double alpha = row_update(lanes, t, s, e, reg, i);
           lanes.once([&] { v.step[i] = alpha - v.alpha[i]; });
         });
@@ -101,14 +100,16 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
     }
     if (raised) continue;
     // How much of what the model promised was gained, by the trapezoid of the slopes, without the lone rows.
-    laplacian_apply(team, t, s, e, v.degree, 0., v.step, v.cg.product);
-    const auto counted = [&](int64_t i) { return v.degree[i] > 0 ? v.step[i] : 0.; };
+    // Conjugate gradients left cg.rest = rhs - (L + lam) step.
+    const auto counted = [&](int64_t i) { return e.degree[i] > 0 ? v.step[i] : 0.; };
     const double slopes = team.sum(n, [&](int64_t i) { return (e.grad[i] + s.trial.grad[i]) * counted(i); });
-    const double promised =
-        team.sum(n, [&](int64_t i) { return (e.grad[i] - .5 * v.cg.product[i] / reg) * counted(i); });
+    const double promised = team.sum(n, [&](int64_t i) {
+      const double product = v.rhs[i] - v.cg.rest[i] - lam * v.step[i];
+      return (e.grad[i] - .5 * product / reg) * counted(i);
+    });
     const double ratio = .5 * slopes / (promised + 1e-300);
     if (ratio > .5)
-      mu = mu / 4 > 1e-10 ? mu / 4 : 1e-10;
+      mu = mu / 2.5 > 1e-10 ? mu / 2.5 : 1e-10;
     else if (ratio < .1)
       mu *= 2;
     take(team, t, s);
@@ -126,7 +127,6 @@ GRADOPS_TEAM void predict(Team& team, const Transport& t, TransportState& s, dou
   const int64_t n = t.cost.n;
   const NewtonVectors v = newton_vectors(s);
   const Evaluation& e = s.now;
-  laplacian_degree(team, t, s, e, v.degree);
   scatter(
       team, t, s, e.work,
       [&](int64_t j, const auto& lanes, double* sum) {
@@ -137,8 +137,8 @@ GRADOPS_TEAM void predict(Team& team, const Transport& t, TransportState& s, dou
       },
       [](int64_t, double sum) { return sum; }, v.rhs);
   s.products += conjugate_gradients(
-      team, n, [&](const double* x, double* y) { laplacian_apply(team, t, s, e, v.degree, 1e-3, x, y); }, v.degree,
-      1e-3, v.rhs, 1e-2, 300, v.cg, v.step);
+      team, n, [&](const double* x, double* y) { laplacian_apply(team, t, s, e, 1e-3, x, y); }, e.degree, 1e-3, v.rhs,
+      1e-2, 300, v.cg, v.step);
   team.each(n, [&](int64_t i) {
     if (t.a[i] > 0) v.alpha[i] += (next - reg) * v.step[i];
   });
@@ -151,7 +151,7 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
   const int64_t n = t.cost.n, m = t.cost.m;
   const NewtonVectors v = newton_vectors(s);
   start_alpha(team, t, s, v.alpha);
-  constexpr double kRatio = 4, kStart = 0.01, kNear = 0.3;
+  constexpr double kRatio = 4, kStart = 0.002, kDamping = 0.3, kNear = 0.3;
   bool ready = false;  // s.now is the evaluation at v.alpha and reg
   if (t.alpha0) {      // worth more than a path only if it is near
     team.each(n, [&](int64_t i) { v.next[i] = t.a[i] > 0 ? t.alpha0[i] : kNever; });
@@ -165,7 +165,7 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
   int64_t stages = 0;
   double reg = t.reg;
   for (; !ready && reg < far; reg *= kRatio) ++stages;
-  double mu = 0.1, tol = t.tol;
+  double mu = kDamping, tol = t.tol;
   // Supports that are far from those of their reg make the next stages hard: where one takes long, the path is followed
   // more closely from there on.
   double inner = 0.01;
@@ -178,7 +178,7 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
     }
     ready = cold = false;
     if (unreachable(team, t, s.now)) return give_up(team, t, s, TransportStatus::infeasible);
-    mu = 0.1;
+    mu = kDamping;
     const int64_t before = s.evaluations;
     end = ascend(team, t, s, reg, s.mass * (stages > 0 ? inner : tol), mu);
     if (s.evaluations - before > 4 && inner > 2e-3) inner /= 4;

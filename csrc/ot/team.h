@@ -6,6 +6,7 @@
 //   team.largest(count, f) -> double -infinity for count = 0
 //   team.columns(count, work, f)     f(j, lanes): CPU a plain call; CUDA a warp per column, whose lanes all call f;
 //                                    work: about how many numbers one call touches, which decides about threads
+//   Team::kTogether                  how many columns one call of f had better work on at a time
 //   team.once(f)                     one thread, then everyone waits
 //   team.pieces(n, m) -> int64_t     into how many pieces sums that scatter over rows are cut, 1 or 8; by size only
 //   team.bounds(scan, scaled)        for every column: low becomes a lower bound of its threshold, -infinity if empty
@@ -17,9 +18,11 @@
 //   lanes.span(count, f, least, most) -> double       the sum, the smallest and the largest of f(k); NaN may hide in
 //                                                     the last two
 //   lanes.above(count, x, level, number) -> double    sum of x(k) - level over x(k) > level; number: how many
-//   lanes.load_above(count, x, at, less, to, level, number)   to[k] = x[at[k]] - less[k], then above() of to
+//   lanes.load_above(count, x, at, less, to, level, number)   to[k] = x[at[k]] - less[k], then above() of to;
+//                                                              at null: x[k]
 //   lanes.sum_at(count, x, at) -> double              sum of x[at[k]]
 //   lanes.add_at(count, at, f, to)                    to[at[k]] += f(k); the at[k] differ
+//   lanes.count_at(count, at, x, to)                  to[2 at[k]] += x[k] and to[2 at[k] + 1] += 1
 //   lanes.keep(count, load, wanted, put) -> int64_t   put(v, place) of the wanted v = load(k), in order; how many. It
 //                                                     may move entries to the front of their own array
 //   lanes.once(f)                                     one lane, then all wait

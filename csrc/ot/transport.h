@@ -61,6 +61,7 @@ struct Evaluation {
   double residual;   // |grad|_1
   int64_t work;      // about what a visit to a column's entries touches
   double* grad;      // n: a - T 1
+  double* degree;    // n: how many supports the row is in
   double* tau;       // m
   int32_t* support;  // m x capacity: rows of column j's entries
   double* weight;    // m x capacity
@@ -87,7 +88,7 @@ struct TransportState {
   double shift, mass, spread;  // minimum of the finite costs; sum of a; maximum - minimum
   Candidates lists;
   Evaluation now, trial;  // ping-pong
-  double* scatter;        // pieces x n
+  double* scatter;        // pieces x 2n
   int64_t pieces, evaluations;
   int64_t list_work;         // about how long a list is
   double scanned;            // columns
@@ -119,6 +120,7 @@ class Carve {
 GRADOPS_TEAM void plan_evaluation(Carve& carve, const Transport& t, Evaluation& e) {
   const int64_t n = t.cost.n, m = t.cost.m;
   e.grad = carve.take<double>(n);
+  e.degree = carve.take<double>(n);
   e.tau = carve.take<double>(m);
   e.support = carve.take<int32_t>(m * t.capacity);
   e.weight = carve.take<double>(m * t.capacity);
@@ -141,7 +143,7 @@ GRADOPS_TEAM void plan_state(Carve& carve, const Transport& t, int64_t pieces, T
   plan_evaluation(carve, t, s.now);
   plan_evaluation(carve, t, s.trial);
   s.pieces = pieces;
-  s.scatter = carve.take<double>(pieces * n);
+  s.scatter = carve.take<double>(pieces * 2 * n);
   s.component = carve.take<int32_t>(n + m);
   for (double*& row : s.rows) row = carve.take<double>(n);
   for (double*& column : s.columns) column = carve.take<double>(m);
@@ -152,7 +154,7 @@ GRADOPS_TEAM void plan_state(Carve& carve, const Transport& t, int64_t pieces, T
 // What an algorithm is made of, as templates over Team:
 //   begin, start_alpha, unreachable, row_update, finish, give_up   ot/frame.h
 //   evaluate      value, grad, tau and the plan at alpha           ot/evaluate.h
-//   laplacian_degree, laplacian_apply, conjugate_gradients         ot/laplacian.h
+//   laplacian_apply, conjugate_gradients                           ot/laplacian.h
 //   raise_components                                               ot/components.h
 //   certify                                                        ot/certificate.h
 // Two evaluations may be kept, s.now and s.trial; more need memory of their own (plan_evaluation).

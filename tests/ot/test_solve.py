@@ -247,6 +247,15 @@ def test_infeasible_is_what_no_flow_satisfies(power):
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("n", [5, 80])  # lists of all rows, lists from a scan
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_column_that_only_a_row_without_mass_can_reach(n, dtype):
+    M, a = costs("uniform", n, n).to(dtype), torch.ones(n)
+    M[1:, 2] = torch.inf
+    a[0] = 0
+    assert solve(M, a / a.sum(), reg=0.5).status == "infeasible"
+
+
 def test_never_claims_what_it_did_not_reach():
     M = costs("clustered", 60, 60)
     for limit in (1, 3, 10):
