@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._op import primals
+from .._op import Function, primals
 from .plan_vjp import plan_vjp
 
 # alpha, beta, indices and values of the plan, value, dual value; then gap, marginal_err and ties; n_iter and status
@@ -17,7 +17,7 @@ def differentiable(run: Callable[..., Numbers], reg: float, averaged: bool, *inp
     return _Solution.apply(run, reg, averaged, *inputs)
 
 
-class _Solution(torch.autograd.Function):
+class _Solution(Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._checks import check_count, check_number, may_look
-from .._op import needs_derivative, primals, register
+from .._op import Function, needs_derivative, primals, register
 from ._problem import Costs, check_reg, check_weights, inside, whole_problem
 from .dense_plan import DensePlan
 from .result import STATUS, OTResult, Potentials
@@ -148,7 +148,7 @@ def _entropic(costs: Tensor, y: Tensor | None, a: Tensor, b: Tensor, *args: Any)
     return _Entropic.forward(costs, y, a, b, *args)
 
 
-class _Entropic(torch.autograd.Function):
+class _Entropic(Function):
     """The value, and the constants alpha, beta and the report."""
 
     generate_vmap_rule = True
@@ -214,7 +214,7 @@ def _point_gradients(plan: DensePlan) -> tuple[Tensor, Tensor]:
     return 2 * (x * to_x[..., -1:] - to_x[..., :-1]), 2 * (y * to_y[..., -1:] - to_y[..., :-1])
 
 
-class _Gradient(torch.autograd.Function):
+class _Gradient(Function):
     """The gradient, which refuses to be differentiated again."""
 
     generate_vmap_rule = True

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._op import needs_derivative, register
+from .._op import Function, needs_derivative, register
 
 _op = register("plan_vjp", fake=lambda index, value, g, p, q: (torch.empty_like(g), torch.empty_like(p),
                                                                torch.empty_like(q)))
@@ -45,7 +45,7 @@ def plan_vjp(index: Tensor, value: Tensor, g: Tensor, p: Tensor, q: Tensor) -> t
     return _op(index, value, g, p, q)
 
 
-class _PlanVjp(torch.autograd.Function):
+class _PlanVjp(Function):
     generate_vmap_rule = True
 
     @staticmethod

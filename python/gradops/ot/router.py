@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_floating, check_number, check_one_of
-from .._op import needs_derivative, primals, register
+from .._op import Function, needs_derivative, primals, register
 
 MODES = ("tokens_choose", "experts_choose")
 INTEGERS: Any = (int, torch.SymInt)  # capacity comes from a shape, which torch.compile may keep open
@@ -157,7 +157,7 @@ def _by_slot(x: Tensor, indices: Tensor, experts_choose: bool) -> Tensor:
     return torch.where(indices >= 0, out, 0)
 
 
-class _Router(torch.autograd.Function):
+class _Router(Function):
     generate_vmap_rule = True
 
     @staticmethod

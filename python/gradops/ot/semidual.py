@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import may_look
-from .._op import needs_derivative, register
+from .._op import Function, needs_derivative, register
 from ._problem import Costs, check_costs, check_max_nz, check_reg, check_weights, common_batch, in_batch
 from .sparse_plan import SparsePlan
 
@@ -159,7 +159,7 @@ def _evaluate(alpha: Tensor, M: Tensor | None, x: Tensor | None, y: Tensor | Non
     return _op(alpha, M, x, y, a, b, reg, max_nz, width, *warm)
 
 
-class _Support(torch.autograd.Function):
+class _Support(Function):
     """The rows of each column's entries: whole numbers, without derivatives."""
 
     generate_vmap_rule = True

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_number
-from .._op import needs_derivative, register
+from .._op import Function, needs_derivative, register
 from ._problem import check_max_nz
 
 
@@ -86,7 +86,7 @@ def sparse_simplex_projection(X: Tensor, max_nz: int | None = None, z: float | T
     return values.movedim(-1, dim), index.movedim(-1, dim), tau
 
 
-class _Support(torch.autograd.Function):
+class _Support(Function):
     """Which entries are positive; whole numbers, without derivatives."""
 
     generate_vmap_rule = True
