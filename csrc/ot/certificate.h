@@ -24,7 +24,7 @@ GRADOPS_TEAM double fill_value(const Transport& t, const State& s, const Evaluat
 }
 
 // One thread. Where a masked cost is in the way the next column with mass left is tried; what a mask leaves over in the
-// end counts at twice the spread of costs and potentials.
+// end counts at twice the spread of costs and the largest sum of potentials: D counts it at less.
 GRADOPS_TEAM double fill_corners(const Transport& t, const TransportState& s, const Evaluation& e,
                                  const double* row_factor, const double* column_factor, double* rows, double* columns,
                                  double far) {
@@ -89,9 +89,9 @@ GRADOPS_TEAM Certificate certify(Team& team, const Transport& t, const Transport
   });
   double primal = team.sum(m, [&](int64_t j) { return value[j]; });
   const double top = team.largest(n, [&](int64_t i) { return t.a[i] > 0 ? alpha[i] : -kInfinity; });
-  const double bottom = -team.largest(n, [&](int64_t i) { return t.a[i] > 0 ? -alpha[i] : -kInfinity; });
+  const double most = team.largest(m, [&](int64_t j) { return t.b[j] > 0 ? -e.tau[j] : -kInfinity; });  // of beta
   team.once([&] {
-    value[0] = fill_corners(t, s, e, row_factor, column_factor, row_rest, column_rest, 2 * (s.spread + top - bottom));
+    value[0] = fill_corners(t, s, e, row_factor, column_factor, row_rest, column_rest, 2 * (s.spread + top + most));
   });
   primal += value[0];
   return {primal, primal > 0 ? (primal - e.value) / primal : 0.};

@@ -54,7 +54,7 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
   // What a row may lack without being looked after: together no more than an eighth of the goal. Of rows of next to no
   // mass, each pulled up to take it, many would take much more than theirs after the next step.
   const double little = goal / (8 * double(n));
-  int idle = 0;  // steps in a row that neither raised D, beyond rounding, nor lowered the residual
+  int steps = 0, idle = 0;  // idle: steps in a row that neither raised D, beyond rounding, nor lowered the residual
   double least = s.now.residual;
   while (s.now.residual > goal) {
     if (idle > kPatience && (s.now.residual <= 2 * least || idle > 10 * kPatience)) return NewtonEnd::stalled;
@@ -113,7 +113,7 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
     else if (ratio < .1)
       mu *= 2;
     take(team, t, s);
-    if (change > .3 * gain) {  // it met little, and could have gone on
+    if (change > .1 * gain || ++steps % 8 == 0) {  // it met little, and could have gone on; or this takes long
       const NewtonEnd end = raise(team, t, s, reg, little, raised);
       if (end != NewtonEnd::reached) return end;
     }
