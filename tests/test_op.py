@@ -199,6 +199,20 @@ def test_compile_without_graph_break(name, dynamic):
         torch.testing.assert_close(ours, want)
 
 
+@where(lambda c: c.public and c.derivatives)
+def test_compile_of_forward_mode(name):
+    c = CALLS[name]
+    torch._dynamo.reset()
+    x = c.example()
+    direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+
+    def tangent(x, direction):
+        return torch.func.jvp(c.public, (x,), (direction,))[1]
+
+    compiled = torch.compile(tangent, fullgraph=True, backend="aot_eager")(x, direction)
+    torch.testing.assert_close(compiled, tangent(x, direction))
+
+
 class Module(torch.nn.Module):
     def __init__(self, f):
         super().__init__()

@@ -19,14 +19,17 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 def needs_derivative(*tensors: Tensor) -> bool:
     """Whether autograd, forward mode or torch.func could ask for a derivative of what is computed from these."""
-    if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+        # In a compiled graph torch.func.jvp enters its level without forward_ad's knowledge.
         levels = torch._C._functorch.get_interpreter_stack() or []
-        if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
+        forward = sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
+        if forward > 1:
             # torch does not differentiate the jvp of an autograd.Function in forward mode: it would be 0
             raise RuntimeError("forward-mode derivatives of forward-mode derivatives (torch.func.jvp or jacfwd inside "
                                "another) are not supported; take one of the two in reverse mode, as "
                                "torch.func.hessian does")
-        return True
+        if forward or forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+            return True
     if torch.is_grad_enabled():
         for t in tensors:  # a loop, since `any` of a generator costs four times as much
             if t.requires_grad:
