@@ -1,13 +1,9 @@
 // cpu_team.h: the team of one transport problem on the CPU (ot/team.h). For *.kernel.cpp: local to the includer.
 #pragma once
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "common/parallel.h"
-#include "common/simd.h"
 #include "ot/column_scan.h"
 #include "ot/cpu_pieces.h"
+#include "ot/lane_mask.h"
 #include "ot/team.h"
 
 namespace gradops {
@@ -244,24 +240,7 @@ inline Kept keep_above(const CpuLanes&, int64_t count, const int32_t* index, dou
   return {place, _mm512_reduce_add_pd(sums), _mm512_reduce_add_pd(products)};
 }
 #elif defined(__AVX2__) && defined(__FMA__)
-// The same, four entries at a time: which of them go to the front for each set of wanted ones, as halves and bytes.
-struct Packing {
-  alignas(32) int32_t halves[16][8];
-  alignas(16) int8_t bytes[16][16];
-};
-constexpr Packing kPacking = [] {
-  Packing p{};
-  for (int set = 0; set < 16; ++set) {
-    int to = 0;
-    for (int from = 0; from < 4; ++from) {
-      if (!(set >> from & 1)) continue;
-      for (int h = 0; h < 2; ++h) p.halves[set][2 * to + h] = 2 * from + h;
-      for (int e = 0; e < 4; ++e) p.bytes[set][4 * to + e] = int8_t(4 * from + e);
-      ++to;
-    }
-  }
-  return p;
-}();
+// The same, four entries at a time.
 inline Kept keep_above(const CpuLanes&, int64_t count, const int32_t* index, double* x, double level, int32_t* row) {
   const __m256d floor = _mm256_set1_pd(level), zero = _mm256_setzero_pd();
   __m256d sums = zero, products = zero;
@@ -270,17 +249,13 @@ inline Kept keep_above(const CpuLanes&, int64_t count, const int32_t* index, dou
     const __m256d v = _mm256_sub_pd(_mm256_loadu_pd(x + k), floor);
     const __m128i rows = _mm_loadu_si128(reinterpret_cast<const __m128i*>(index + k));
     __m256d above = _mm256_cmp_pd(v, zero, _CMP_GT_OQ);
-    if (k + 4 > count)
-      above = _mm256_and_pd(above, _mm256_castsi256_pd(_mm256_cmpgt_epi64(_mm256_set1_epi64x(count - k),
-                                                                          _mm256_setr_epi64x(0, 1, 2, 3))));
+    if (k + 4 > count) above = _mm256_and_pd(above, _mm256_castsi256_pd(first_lanes(count - k)));
     const __m256d kept = _mm256_and_pd(v, above);
     sums = _mm256_add_pd(sums, kept), products = _mm256_fmadd_pd(kept, kept, products);
-    const int set = _mm256_movemask_pd(above);
-    const __m256i halves = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPacking.halves[set]));
-    const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(kPacking.bytes[set]));
-    _mm256_storeu_pd(x + place, _mm256_castsi256_pd(_mm256_permutevar8x32_epi32(_mm256_castpd_si256(v), halves)));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(row + place), _mm_shuffle_epi8(rows, bytes));
-    place += __builtin_popcount(unsigned(set));
+    const unsigned set = unsigned(_mm256_movemask_pd(above));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + place), to_front(_mm256_castpd_si256(v), set));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(row + place), to_front(rows, set));
+    place += __builtin_popcount(set);
   }
   const auto reduce = [](__m256d v) { return (v[0] + v[1]) + (v[2] + v[3]); };
   return {place, reduce(sums), reduce(products)};

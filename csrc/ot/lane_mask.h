@@ -86,25 +86,30 @@ namespace {
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// For any four lanes their numbers in order: to bring them to the front. (The instruction that makes such an order out
-// of bits is slow on some processors.)
+// For every set of four lanes their numbers in order, and those of their halves: to bring them to the front. (The
+// instruction that makes such an order out of bits is slow on some processors.)
 struct FrontOfFour {
-  alignas(16) int32_t of[16][4] = {};
+  alignas(16) int32_t lanes[16][4] = {};
+  alignas(32) int32_t halves[16][8] = {};
   constexpr FrontOfFour() {
-    for (int bits = 0; bits < 16; ++bits)
+    for (int set = 0; set < 16; ++set)
       for (int lane = 0, place = 0; lane < 4; ++lane)
-        if (bits >> lane & 1) of[bits][place++] = lane;
+        if (set >> lane & 1) {
+          lanes[set][place] = lane;
+          halves[set][2 * place] = 2 * lane, halves[set][2 * place + 1] = 2 * lane + 1;
+          ++place;
+        }
   }
 };
 constexpr FrontOfFour kFrontOfFour;
 
-// The lanes of doubles, or of numbers as wide, that `bits` name to the front; others behind.
-[[gnu::always_inline]] inline __m256i to_front(__m256i v, unsigned bits) {
-  const __m128i lanes = _mm_load_si128(reinterpret_cast<const __m128i*>(kFrontOfFour.of[bits]));
-  const __m256i twice = _mm256_slli_epi64(_mm256_cvtepu32_epi64(lanes), 1);  // as numbers of 32 bits, the lower halves
-  const __m256i halves =
-      _mm256_add_epi64(_mm256_or_si256(twice, _mm256_slli_epi64(twice, 32)), _mm256_set1_epi64x(int64_t(1) << 32));
-  return _mm256_permutevar8x32_epi32(v, halves);
+// The lanes of `set` to the front; others behind.
+[[gnu::always_inline]] inline __m256i to_front(__m256i v, unsigned set) {
+  return _mm256_permutevar8x32_epi32(v, _mm256_load_si256(reinterpret_cast<const __m256i*>(kFrontOfFour.halves[set])));
+}
+[[gnu::always_inline]] inline __m128i to_front(__m128i v, unsigned set) {
+  const __m128i lanes = _mm_load_si128(reinterpret_cast<const __m128i*>(kFrontOfFour.lanes[set]));
+  return _mm_castps_si128(_mm_permutevar_ps(_mm_castsi128_ps(v), lanes));
 }
 // All ones in the first `count` of four lanes.
 [[gnu::always_inline]] inline __m256i first_lanes(int64_t count) {
@@ -130,7 +135,7 @@ inline int32_t list_nonzero(const uint64_t* words, int32_t count, int32_t* where
     const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + k));
     const __m256i zero = _mm256_cmpeq_epi64(four, _mm256_setzero_si256());
     const unsigned some = 15u ^ unsigned(_mm256_movemask_pd(_mm256_castsi256_pd(zero)));
-    const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(kFrontOfFour.of[some]));
+    const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(kFrontOfFour.lanes[some]));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(where + found), _mm_add_epi32(places, _mm_set1_epi32(k)));
     found += __builtin_popcount(some);
   }
