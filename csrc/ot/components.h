@@ -31,8 +31,8 @@ enum class Rise { none, some, endless };
 // step: components that lack more than `little` rise by the shortest way, over others that lack mass too, to one that
 // does not, whose edges are the least alpha_i - c_ij - tau_j short of an entry; so D rises steadily up to there. And by
 // reg times what they lack: an entry of all of that. The others stay. Where no way leads out of some components that
-// together lack more than t.tol of the mass, costs of infinity shut it in, and the problem has no solution (Hall's
-// condition): endless. Uses columns[0].
+// together lack more than t.tol of the mass, and more than rounding, costs of infinity shut them in, and the problem
+// has no solution (Hall's condition): endless. Uses columns[0].
 template <class Team>
 GRADOPS_TEAM Rise raise_components(Team& team, const Transport& t, const TransportState& s, const Evaluation& e,
                                    double reg, double little, const double* alpha, const CgVectors& w, double* step) {
@@ -65,7 +65,8 @@ GRADOPS_TEAM Rise raise_components(Team& team, const Transport& t, const Transpo
     });
     before = left, left = shut_in();
   }
-  if (left > t.tol * s.mass) return Rise::endless;
+  constexpr double kRounding = 1e-10;  // of sums of weights, relative to the mass
+  if (left > (t.tol > kRounding ? t.tol : kRounding) * s.mass) return Rise::endless;
   const auto rises = [&](int64_t i) { return lack[of_row[i]] > little && rise[of_row[i]] < kInfinity; };
   team.each(n, [&](int64_t i) { step[i] = rises(i) ? rise[of_row[i]] + reg * lack[of_row[i]] : 0.; });
   return team.sum(n, [&](int64_t i) { return rises(i) ? 1. : 0.; }) > 0 ? Rise::some : Rise::none;
