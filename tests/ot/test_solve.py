@@ -251,7 +251,7 @@ def test_infeasible_is_what_no_flow_satisfies(power):
 def test_rounding_is_not_infeasible(seed):
     M, a, b = costs("gauss", 90, 70, seed), weights("random", 90, seed), weights("random", 70, seed + 1)
     result = solve(M, a, b, reg=0.1, tol=1e-18)  # nothing reaches that
-    assert result.status != "infeasible" and result.marginal_err < 1e-10
+    assert result.status == "stalled" and result.marginal_err < 1e-6
 
 
 @pytest.mark.parametrize("n", [5, 80])  # lists of all rows, lists from a scan
