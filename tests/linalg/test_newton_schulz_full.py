@@ -138,7 +138,7 @@ def test_cpu_zeros(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 40, 70), (3, 70, 40), (5, 150, 150)])
+@pytest.mark.parametrize("shape", [(3, 40, 70), (3, 70, 40), (3, 150, 150)])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_cpu_nan_and_inf_stay_in_their_matrix(shape, dtype, normalize):
     x = gaussian(*shape, dtype=dtype) / 30
