@@ -233,6 +233,20 @@ GRADOPS_TEAM void scatter(Team& team, const Transport& t, const TransportState& 
     team.each(n, [&](int64_t i) { out[i] = start(i, sum_pieces(of + i, n)); });
 }
 
+// grad, its size and degree, from what count_at added in all pieces.
+template <class Team>
+GRADOPS_TEAM void sum_rows(Team& team, const Transport& t, const TransportState& s, Evaluation& e) {
+  const int64_t n = t.cost.n;
+  const double* of = s.scatter;
+  if (s.pieces == 1)
+    team.each(n, [&](int64_t i) { e.grad[i] = t.a[i] - of[2 * i], e.degree[i] = of[2 * i + 1]; });
+  else
+    team.each(n, [&](int64_t i) {
+      e.grad[i] = t.a[i] - sum_pieces(of + 2 * i, 2 * n), e.degree[i] = sum_pieces(of + 2 * i + 1, 2 * n);
+    });
+  e.residual = team.sum(n, [&](int64_t i) { return __builtin_fabs(e.grad[i]); });
+}
+
 // False: a column has more candidates than there is room for.
 template <class Team>
 GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, const double* alpha, double reg,
@@ -262,16 +276,9 @@ GRADOPS_TEAM bool evaluate(Team& team, const Transport& t, TransportState& s, co
     lanes.count_at(e.count[j], e.support + j * t.capacity, e.weight + j * t.capacity, sums);
     lanes.wait();
   });
-  const double* of = s.scatter;
-  if (s.pieces == 1)
-    team.each(n, [&](int64_t i) { e.grad[i] = t.a[i] - of[2 * i], e.degree[i] = of[2 * i + 1]; });
-  else
-    team.each(n, [&](int64_t i) {
-      e.grad[i] = t.a[i] - sum_pieces(of + 2 * i, 2 * n), e.degree[i] = sum_pieces(of + 2 * i + 1, 2 * n);
-    });
+  sum_rows(team, t, s, e);
   const double linear = team.sum(n, [&](int64_t i) { return t.a[i] > 0 ? alpha[i] * t.a[i] : 0.; });
   e.value = linear - team.sum(m, [&](int64_t j) { return t.b[j] > 0 ? s.columns[1][j] : 0.; });
-  e.residual = team.sum(n, [&](int64_t i) { return __builtin_fabs(e.grad[i]); });
   e.work = 1 + int64_t(team.sum(m, [&](int64_t j) { return 2. * double(e.count[j]); }) / double(m));
   s.list_work = 1 + int64_t(team.sum(m, [&](int64_t j) { return double(c.count[j]); }) / double(m));
   return true;

@@ -3,6 +3,7 @@
 #pragma once
 #include "ot/components.h"
 #include "ot/frame.h"
+#include "ot/polish.h"
 
 namespace gradops {
 namespace {
@@ -194,19 +195,31 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
   Certificate found = certify(team, t, s, v.alpha, s.now);
   // The gap is relative to the value; to a thousandth of what the costs could make it where the optimum is nearer to
   // their minimum than that: rounding would hide more.
-  const auto proven = [&] {
-    const double least = 1e-3 * s.mass * s.spread, size = found.primal > least ? found.primal : least;
-    return found.gap * found.primal <= t.gap_tol * size;
+  const auto missing = [&](const Certificate& c) {  // how many times too large it is
+    const double least = 1e-3 * s.mass * s.spread, size = c.primal > least ? c.primal : least;
+    return c.gap * c.primal / (t.gap_tol * size);
   };
-  // The marginals may hold before the value does; Newton is fast here.
-  while (end == NewtonEnd::reached && !proven() && tol > 1e-14) {
-    tol /= 4, mu = 1e-3;
+  bool met = s.now.residual <= s.mass * t.tol && missing(found) <= 1;
+  while (!met && (end == NewtonEnd::reached || end == NewtonEnd::stalled)) {
+    const double rtol = 0.1 / (4 + 2 * missing(found));  // the gap falls as what the marginals lack does
+    if (polish(team, t, s, reg, rtol, v.alpha, v.next, v.rhs, v.cg, v.step)) {
+      const Certificate better = certify(team, t, s, v.next, s.trial);
+      met = s.trial.residual <= s.mass * t.tol && missing(better) <= 1;
+      if (met) {
+        take(team, t, s);
+        found = better;
+      }
+    }
+    if (met || end == NewtonEnd::stalled || !(s.now.residual > 0)) break;
+    while (s.mass * tol >= s.now.residual) tol /= 4;
+    if (tol <= 1e-14) break;
+    mu = 1e-3;
     end = ascend(team, t, s, reg, s.mass * tol, mu);
     if (end == NewtonEnd::overflow) return give_up(team, t, s, TransportStatus::overflow);
     if (end == NewtonEnd::infeasible) return give_up(team, t, s, TransportStatus::infeasible);
     found = certify(team, t, s, v.alpha, s.now);
+    met = s.now.residual <= s.mass * t.tol && missing(found) <= 1;
   }
-  const bool met = s.now.residual <= s.mass * t.tol && proven();
   finish(team, t, s, v.alpha, s.now, found,
          met                       ? TransportStatus::converged
          : end == NewtonEnd::limit ? TransportStatus::iteration_limit

@@ -78,7 +78,7 @@ def test_raw_ops_match_float64(backend, shape, dtype, parameters, center):
 @pytest.mark.parametrize("center", [False, True], ids=["rms", "layer"])
 def test_little_shared_memory(cuda_backend, center, monkeypatch):
     """Sums over the rows that it does not hold: the same bits."""
-    device, ops = cuda_backend
+    _, ops = cuda_backend
     if ops is torch.ops.gradops:
         pytest.skip("a GPU has what it has")
     x, x_dot, g, g_dot = (numbers(70, 130, seed=s, dtype=F32) for s in range(4))

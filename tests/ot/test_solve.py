@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
+from scipy.sparse import csr_array
 
 from gradops.ot import reference, solve
 
@@ -147,8 +148,26 @@ def test_an_optimum_next_to_the_least_cost(reg):
 
 def test_stops_where_rounding_decides():
     M, a, b = whole_numbers(), weights("random", 64), weights("random", 128, 1)
-    result = solve(M, a, b, reg=1e-5)
-    assert result.status == "stalled" and result.marginal_err <= 1e-6 and result.n_iter < 200
+    result = solve(M, a, b, reg=1e-13)  # 1e-3 of an entry is the last bit of a potential
+    assert result.status == "stalled" and result.n_iter < 200
+    torch.testing.assert_close((result.plan.to_dense().sum(-1) - a).abs().sum(), result.marginal_err)
+
+
+@pytest.mark.parametrize("reg", [1e-4, 1e-6, 1e-8, 1e-10])
+@pytest.mark.parametrize("kind", ["gauss", "uniform", "whole numbers"])
+def test_plan_is_not_as_rough_as_the_potentials(kind, reg):
+    """The optimum of linear programming, where the potentials' rounding alone would move 1e-5 of the mass."""
+    n, m = 64, 128
+    M = whole_numbers() if kind == "whole numbers" else costs(kind, n, m)
+    a, b = weights("random", n), weights("random", m, 1)
+    result = solve(M, a, b, reg=reg)
+    plan = result.plan.to_dense()
+    assert result.status == "converged" and result.marginal_err <= 1e-9
+    torch.testing.assert_close((plan.sum(-1) - a).abs().sum(), result.marginal_err, rtol=0.01, atol=1e-14)
+    entry = np.arange(n * m)
+    sums = csr_array((np.ones(2 * n * m), (np.r_[entry // m, n + entry % m], np.r_[entry, entry])))
+    least = linprog(M.flatten().numpy(), A_eq=sums, b_eq=torch.cat([a, b]).numpy()).fun
+    assert abs(float((plan * M).sum()) - least) <= reg / 2 * float(b.square().sum()) + 1e-9 * least + 1e-13
 
 
 @pytest.mark.parametrize("kind, n, m", [("gauss", 40, 300), ("clustered", 128, 128), ("uniform", 200, 90)])

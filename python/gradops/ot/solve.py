@@ -52,7 +52,8 @@ def solve(
 
     Without ``max_nz`` the semi-dual is maximised by damped semismooth Newton steps, whose linear systems are Laplacians
     of the plan's sparse graph, along a path of falling ``reg``. It says ``"converged"`` only if the marginals hold to
-    ``tol`` and a plan rounded onto both marginals proves the value to ``tol / 1000``.
+    ``tol`` and a plan rounded onto both marginals proves the value to ``tol / 1000``. Entries agree with
+    :math:`(\alpha_i + \beta_j - M_{ij})_+ / \gamma` to 5e-6 of the largest ``b``, beyond the rounding of potentials.
 
     With ``max_nz`` the semi-dual of the constraint (Liu, Puigcerver and Blondel 2023) has kinks. It is smoothed by a
     quadratic term on the conjugate, half the squared k-support norm, around the last plan (the proximal point method)
