@@ -102,7 +102,7 @@ GRADOPS_TEAM bool refresh(Team& team, const Transport& t, TransportState& s, con
   const Candidates& c = s.lists;
   const int32_t newest = c.newest;
   const double slack = 1e-15 * ((s.shift < 0 ? -s.shift : s.shift) + s.spread);  // rounding of a shifted cost
-  ColumnScan scan{t.cost, alpha, c.scan_low, c.index, c.scan_count, t.capacity};
+  ColumnScan scan{t.cost, alpha, c.scan_low, c.index, c.scan_count, t.capacity, c.cost, true, s.shift};
   if (cold) {
     team.each(m, [&](int64_t j) { s.columns[0][j] = reg * t.b[j], c.scan_low[j] = 0; });
     team.bounds(scan, s.columns[0], t.max_nz);
@@ -148,11 +148,8 @@ GRADOPS_TEAM bool refresh(Team& team, const Transport& t, TransportState& s, con
     team.scan(scan);
     if (team.sum(m, crowded) > 0) return false;
   }
-  team.columns(m, n / 8 + 1, [&](int64_t j, const auto& lanes) {
-    if (!(c.scan_low[j] < kInfinity)) return;
-    const int64_t at = j * t.capacity, count = c.scan_count[j];
-    lanes.each(count, [&](int64_t k) { c.cost[at + k] = cost_at(t.cost, c.index[at + k], j) - s.shift; });
-    lanes.once([&] { c.count[j] = int32_t(count), c.epoch[j] = newest; });
+  team.each(m, [&](int64_t j) {
+    if (c.scan_low[j] < kInfinity) c.count[j] = c.scan_count[j], c.epoch[j] = newest;
   });
   s.scanned += team.sum(m, [&](int64_t j) { return c.scan_low[j] < kInfinity ? 1. : 0.; });
   return true;

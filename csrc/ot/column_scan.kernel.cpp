@@ -171,22 +171,28 @@ template <class T>
 [[gnu::noinline]] int64_t append(const ColumnScan& t, int64_t begin, int64_t first, int shift, const uint64_t* words,
                                  int64_t count, Lists& lists) {
   int32_t* index = t.index + begin * t.capacity;
+  double* value = t.value + begin * t.capacity;
+  const double* alpha = t.alpha;
   const auto each = [&](const auto& put) __attribute__((always_inline)) {
     return each_entry(lists, index, first, shift, words, count, put);
   };
-  if (!t.value) return each([](int64_t, int64_t) { return [](int64_t, int64_t) {}; });
-  double* value = t.value + begin * t.capacity;
-  const double* alpha = t.alpha;
   if (t.cost.matrix) {
     const T* matrix = static_cast<const T*>(t.cost.matrix) + begin;
     const int64_t m = t.cost.m;
+    if (t.costs)
+      return each([=, less = t.shift](int64_t i, int64_t from) {
+        return [=, c = matrix + i * m + from](int64_t l, int64_t to) { value[to] = double(widen(c[l])) - less; };
+      });
     return each([=](int64_t i, int64_t from) {
       return
           [=, c = matrix + i * m + from, a = alpha[i]](int64_t l, int64_t to) { value[to] = a - double(widen(c[l])); };
     });
   }
   return each([&](int64_t i, int64_t from) {
-    return [&, i, from](int64_t l, int64_t to) { value[to] = alpha[i] - cost_at(t.cost, i, begin + from + l); };
+    return [&, i, from](int64_t l, int64_t to) {
+      const double c = cost_at(t.cost, i, begin + from + l);
+      value[to] = t.costs ? c - t.shift : alpha[i] - c;
+    };
   });
 }
 

@@ -159,10 +159,11 @@ class CudaTeam {
       int64_t found = 0;
       if (low < double(INFINITY))
         found = lanes.keep(
-            t.cost.n, [&](int64_t i) { return Row{int32_t(i), t.alpha[i] - cost_at(t.cost, i, j)}; },
-            [&](Row v) { return !(v.x <= low); },
+            t.cost.n, [&](int64_t i) { return Row{int32_t(i), cost_at(t.cost, i, j)}; },
+            [&](Row v) { return !(t.alpha[v.row] - v.cost <= low); },
             [&](Row v, int64_t place) {
-              if (place < t.capacity) t.index[j * t.capacity + place] = v.row;
+              const int64_t to = j * t.capacity + place;
+              if (place < t.capacity) t.index[to] = v.row, t.value[to] = v.cost - t.shift;
             });
       lanes.once([&] { t.count[j] = int32_t(found); });
     });
@@ -179,7 +180,7 @@ class CudaTeam {
  private:
   struct Row {
     int32_t row;
-    double x;
+    double cost;
   };
   double* scratch_;
 };
