@@ -114,7 +114,7 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
     else if (ratio < .1)
       mu *= 2;
     take(team, t, s);
-    if (change > .1 * gain || ++steps % 8 == 0) {  // it met little, and could have gone on; or this takes long
+    if (change > .5 * gain || ++steps % 8 == 0) {  // it met little, and could have gone on; or this takes long
       const NewtonEnd end = raise(team, t, s, reg, little, raised);
       if (end != NewtonEnd::reached) return end;
     }

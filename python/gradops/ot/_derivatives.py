@@ -8,8 +8,8 @@ from torch import Tensor
 from .._op import Function, primals
 from .plan_vjp import plan_vjp
 
-# alpha, beta, indices and values of the plan, value, dual value; then gap, marginal_err and ties; n_iter and status
-Numbers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# alpha, beta, indices and values of the plan, value, dual value, gap, marginal_err, ties, n_iter, status
+Numbers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def differentiable(run: Callable[..., Numbers], reg: float, averaged: bool, *inputs: Tensor | None) -> Numbers:
@@ -30,7 +30,7 @@ class _Solution(Function):
     def setup_context(ctx: Any, inputs, output) -> None:
         _, ctx.reg, ctx.averaged, M, x, y, a, *_ = inputs
         alpha, beta, index, T, *_ = output
-        ctx.mark_non_differentiable(index, output[-1])
+        ctx.mark_non_differentiable(index, *output[-2:])
         ctx.set_materialize_grads(False)
         ctx.dtype = (a if M is None else M).dtype
         ctx.save_for_backward(x, y, alpha, beta, index, T)
@@ -38,11 +38,11 @@ class _Solution(Function):
 
     @staticmethod
     def backward(ctx: Any, to_alpha: Tensor | None, to_beta: Tensor | None, _: Any, to_plan: Tensor | None,
-                 to_value: Tensor | None, to_dual: Tensor | None, to_quality: Tensor | None, _counts: Any):
+                 to_value: Tensor | None, to_dual: Tensor | None, *rest: Tensor | None):
         if to_alpha is not None or to_beta is not None:
             raise RuntimeError("solve: potentials have no derivative, so that value has no second derivative in a and "
                                "b; detach them")
-        if to_quality is not None:
+        if any(t is not None for t in rest):
             raise RuntimeError("solve: gap, marginal_err and ties have no derivative; detach them")
         if to_plan is not None and ctx.averaged:
             raise RuntimeError("solve: an averaged plan has no derivative; detach it, or take plan_kind='sparse'")
@@ -83,9 +83,9 @@ class _Solution(Function):
         a = torch.zeros_like(alpha) if a is None else a
         b = torch.zeros_like(beta) if b is None else b
         value = (T * edges).sum((-2, -1)) + (alpha * a).sum(-1) + (beta * b).sum(-1)
-        unknown = [t * torch.nan for t in (alpha, beta, torch.stack([value] * 3, -1), T)]  # rather than a silent 0
-        plan = unknown[3] if ctx.averaged else plan_vjp(index, T, -edges / ctx.reg, -a, -b)[0]
-        return unknown[0], unknown[1], None, plan, value, value.clone(), unknown[2], None
+        plan = T * torch.nan if ctx.averaged else plan_vjp(index, T, -edges / ctx.reg, -a, -b)[0]
+        quality = (value * torch.nan for _ in range(3))  # NaN rather than a silent 0
+        return alpha * torch.nan, beta * torch.nan, None, plan, value, value.clone(), *quality, None, None
 
 
 def _points(x: Tensor, index: Tensor) -> Tensor:

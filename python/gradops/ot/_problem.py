@@ -112,13 +112,18 @@ def whole_problem(M: Tensor | None, a: Tensor | None, b: Tensor | None, x: Tenso
             shapes.append(t.shape)
     batch = common_batch(*shapes)
     rows, columns = (None if t is None else t.to(torch.int64).expand(batch) for t in (n_len, m_len))
-    if a is None:
-        a = _uniform(like, n, rows, 1.0)
+    total: Tensor | float = 1.0  # of what is given; of what there is, if nothing is
+    if a is not None:
+        total = inside(a.to(torch.float64), n, rows).sum(-1, keepdim=True) if b is None else total
+    else:
         if b is not None:
-            a = a * inside(b.to(torch.float64), m, columns).sum(-1, keepdim=True)
+            total = inside(b.to(torch.float64), m, columns).sum(-1, keepdim=True)
+        a = _uniform(like, n, rows, total)
+        if b is None and rows is not None:
+            total = a.sum(-1, keepdim=True)
     if b is None:
-        b = _uniform(like, m, columns, inside(a.to(torch.float64), n, rows).sum(-1, keepdim=True))
-    a, b = (t.to(torch.float64).expand(*batch, t.shape[-1]) for t in (a, b))
+        b = _uniform(like, m, columns, total)
+    a, b = (_weights_of(t, batch) for t in (a, b))
     costs = Costs(*(None if t is None else in_batch(t, batch, 2) for t in costs))
     return costs, a, b, (rows, columns)
 
@@ -130,7 +135,15 @@ def inside(weights: Tensor, size: int, length: Tensor | None) -> Tensor:
     return torch.where(torch.arange(size, device=weights.device) < length[..., None], weights, 0.0)
 
 
+def _weights_of(t: Tensor, batch: tuple[int, ...]) -> Tensor:
+    if t.dtype != torch.float64:
+        t = t.to(torch.float64)
+    return t if t.shape[:-1] == batch else t.expand(*batch, t.shape[-1])
+
+
 def _uniform(like: Tensor, size: int, length: Tensor | None, total: Tensor | float) -> Tensor:
+    if length is None and isinstance(total, float):
+        return torch.full((size,), total / max(size, 1), dtype=torch.float64, device=like.device)
     ones = torch.ones(size, dtype=torch.float64, device=like.device)
     count = max(size, 1) if length is None else length[..., None].to(torch.float64)
     return inside(ones, size, length) * (total / count)

@@ -12,7 +12,7 @@ from .result import OTResult, Potentials
 from .sparse_plan import SparsePlan
 
 GAP_TO_TOL = 1e-3  # the value converges faster than the marginals
-_REPORT = 11  # numbers of a TransportReport
+_REPORT, _EVALUATIONS, _WIDEST = 11, 5, 10  # numbers of a TransportReport, and the places of two of them
 
 
 def _fake(M, x, y, a, b, alpha0, n_len, m_len, reg, max_nz, tol, gap_tol, max_iter, width, averaged):
@@ -146,10 +146,9 @@ def solve(
     known = all(may_look(t) for t in (a, b, *costs.tensors))
     averaged = plan_kind == "averaged" and most > 0
     slots = max(min(n, 4 * most + 16 if known else n) if averaged else most or (min(n, 64) if known else n), 1)
-    alpha, beta, index, weight, value, dual_value, quality, counts = _solve(
+    alpha, beta, index, weight, value, dual_value, gap, marginal_err, ties, n_iter, status = _solve(
         *costs, a, b, alpha0, *lengths, float(reg), most, float(tol), max_iter, slots, averaged,
         known and (averaged or not most))
-    (gap, marginal_err, ties), (n_iter, status) = quality.unbind(-1), counts.unbind(-1)
     return OTResult(SparsePlan(index, weight, (*a.shape[:-1], n, m)), value, dual_value, gap, marginal_err, ties,
                     Potentials(alpha, beta), n_iter, status)
 
@@ -160,19 +159,21 @@ def _solve(M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: T
            averaged: bool, may_widen: bool) -> Numbers:
     def run(M: Any, x: Any, y: Any, a: Tensor, b: Tensor, alpha0: Any, n_len: Any, m_len: Any) -> Numbers:
         def numbers(width: int, start: Tensor | None) -> tuple[Tensor, ...]:
-            return raw_solve(M, x, y, a, b, start, n_len, m_len, reg, max_nz, tol, tol * GAP_TO_TOL, max_iter, width,
-                             averaged)
+            *found, report = raw_solve(M, x, y, a, b, start, n_len, m_len, reg, max_nz, tol, tol * GAP_TO_TOL, max_iter,
+                                       width, averaged)
+            return *found, *report.unbind(-1)
 
-        alpha, beta, index, weight, report = numbers(slots, alpha0)
-        if may_widen and report.numel():
-            widest = max(int(report[..., 10].nan_to_num().max()), 1)
+        alpha, beta, index, weight, *report = numbers(slots, alpha0)
+        if may_widen and (count := report[_WIDEST]).numel():
+            widest = max(int(count.max()), 1)
             if widest > slots:  # from its solution it takes an evaluation or two
-                evaluations = report[..., 5]
-                alpha, beta, index, weight, report = numbers(widest, alpha)
-                report[..., 5] += evaluations
+                evaluations = report[_EVALUATIONS]
+                alpha, beta, index, weight, *report = numbers(widest, alpha)
+                report[_EVALUATIONS] = report[_EVALUATIONS] + evaluations
             else:
                 index, weight = index[..., :widest], weight[..., :widest]
-        return alpha, beta, index, weight, report[..., 0], report[..., 1], report[..., 2:5], report[..., 5:7].long()
+        value, dual_value, gap, marginal_err, ties, n_iter, status, *_ = report
+        return alpha, beta, index, weight, value, dual_value, gap, marginal_err, ties, n_iter.long(), status.long()
 
     inputs = (M, x, y, a, b, alpha0, n_len, m_len)
     if needs_derivative(*(t for t in inputs[:5] if t is not None)):
