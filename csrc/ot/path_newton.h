@@ -64,7 +64,7 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
     // A row in no support has no curvature: it takes its exact step alone, and must not stop conjugate gradients.
     team.each(n, [&](int64_t i) { v.rhs[i] = e.degree[i] > 0 ? reg * e.grad[i] : 0.; });
     const double lone = team.sum(n, [&](int64_t i) { return e.degree[i] == 0 && t.a[i] > little ? 1. : 0.; });
-    double gain = 0, change = 0, lam = 0;
+    double gain = 0, change = 0, lam = 0, length = 1;
     bool ascends = false, raised = false;
     while (!ascends && !raised) {
       if (s.evaluations >= t.max_iter) return NewtonEnd::limit;
@@ -80,21 +80,27 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
           const double alpha = row_update(lanes, t, s, e, reg, i);
           lanes.once([&] { v.step[i] = alpha - v.alpha[i]; });
         });
-      team.each(n, [&](int64_t i) { v.next[i] = t.a[i] > 0 ? v.alpha[i] + v.step[i] : kNever; });
-      if (!evaluate(team, t, s, v.next, reg, s.trial)) return NewtonEnd::overflow;
       gain = team.sum(n, [&](int64_t i) { return e.grad[i] * v.step[i]; });
-      change = team.sum(n, [&](int64_t i) { return s.trial.grad[i] * v.step[i]; });
-      // D is concave: D(next) - D >= change, which rounding of D, a sum of larger numbers, cannot hide.
-      const double rise = s.trial.value - e.value, size = __builtin_fabs(e.value) + s.mass * s.spread;
-      ascends = change >= 0 || rise >= 1e-4 * gain + 1e-15 * size ||
-                (__builtin_fabs(change) <= .5 * gain && __builtin_fabs(rise) <= 1e-14 * size);
-      idle = s.trial.residual < .9 * least || __builtin_fabs(rise) > 1e-14 * size ? 0 : idle + 1;
-      least = s.trial.residual < least ? s.trial.residual : least;
+      const double size = __builtin_fabs(e.value) + s.mass * s.spread, before = e.value;
+      for (length = 1;;) {
+        team.each(n, [&](int64_t i) { v.next[i] = t.a[i] > 0 ? v.alpha[i] + length * v.step[i] : kNever; });
+        if (!evaluate(team, t, s, v.next, reg, s.trial)) return NewtonEnd::overflow;
+        change = team.sum(n, [&](int64_t i) { return s.trial.grad[i] * v.step[i]; });
+        // D is concave: D(next) - D >= length change, which rounding of D, a sum of larger numbers, cannot hide.
+        const double rise = s.trial.value - e.value;
+        ascends = change >= 0 || rise >= 1e-4 * length * gain + 1e-15 * size ||
+                  (__builtin_fabs(change) <= .5 * gain && __builtin_fabs(rise) <= 1e-14 * size);
+        idle = s.trial.residual < .9 * least || __builtin_fabs(rise) > 1e-14 * size ? 0 : idle + 1;
+        least = s.trial.residual < least ? s.trial.residual : least;
+        if (ascends || length < 1 || s.evaluations >= t.max_iter) break;
+        // Once more, by false position on the slope: cheaper than another direction.
+        const double cut = gain / (gain - change);
+        length = cut < .1 ? .1 : cut > .7 ? .7 : cut;
+      }
       if (ascends) break;
       if (mu > 1e12) return NewtonEnd::stalled;
       mu *= 4;
       // Perhaps it went astray where there is no curvature.
-      const double before = e.value;
       const NewtonEnd end = raise(team, t, s, reg, little, raised);
       if (end != NewtonEnd::reached) return end;
       if (raised && s.now.value - before > 1e-14 * size) idle = 0;
@@ -109,7 +115,9 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
       return (e.grad[i] - .5 * product / reg) * counted(i);
     });
     const double ratio = .5 * slopes / (promised + 1e-300);
-    if (ratio > .5)
+    if (length < 1)
+      mu *= 4;
+    else if (ratio > .5)
       mu = mu / 2.5 > 1e-10 ? mu / 2.5 : 1e-10;
     else if (ratio < .1)
       mu *= 2;
