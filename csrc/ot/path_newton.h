@@ -92,10 +92,10 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
                   (__builtin_fabs(change) <= .5 * gain && __builtin_fabs(rise) <= 1e-14 * size);
         idle = s.trial.residual < .9 * least || __builtin_fabs(rise) > 1e-14 * size ? 0 : idle + 1;
         least = s.trial.residual < least ? s.trial.residual : least;
-        if (ascends || length < 1 || s.evaluations >= t.max_iter) break;
-        // Once more, by false position on the slope: cheaper than another direction.
+        // Once more, by false position on the slope: cheaper than another direction, unless it is off by far.
         const double cut = gain / (gain - change);
-        length = cut < .1 ? .1 : cut > .7 ? .7 : cut;
+        if (ascends || length < 1 || cut < .1 || s.evaluations >= t.max_iter) break;
+        length = cut > .7 ? .7 : cut;
       }
       if (ascends) break;
       if (mu > 1e12) return NewtonEnd::stalled;
