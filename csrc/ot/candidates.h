@@ -96,7 +96,7 @@ GRADOPS_TEAM void list_all(Team& team, const Transport& t, TransportState& s, co
 template <class Team>
 GRADOPS_TEAM bool refresh(Team& team, const Transport& t, TransportState& s, const double* alpha, double reg,
                           double spare) {
-  const int64_t n = t.cost.n, m = t.cost.m;
+  const int64_t m = t.cost.m;
   const bool cold = s.lists.newest < 0;
   open_epoch(team, t, s, alpha);
   const Candidates& c = s.lists;

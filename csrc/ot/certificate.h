@@ -17,7 +17,6 @@ struct Certificate {
 template <class State>
 GRADOPS_TEAM double fill_value(const Transport& t, const State& s, const Evaluation& e, const double* row_factor,
                                const double* column_factor, int64_t i, int64_t j, double q) {
-  const int32_t* row = e.support + j * t.capacity;
   const int64_t at = j * t.capacity, place = place_of(e.support + at, e.count[j], i);
   const double before = place < 0 ? 0. : e.weight[at + place] * row_factor[i] * column_factor[j];
   return q * (cost_at(t.cost, i, j) - s.shift) + .5 * t.reg * q * (2 * before + q);
