@@ -50,6 +50,15 @@ def pot(M: Tensor, reg: float, a: Tensor | None = None, b: Tensor | None = None)
     return {"POT": run}
 
 
+def network_simplex(M: Tensor, a: Tensor, b: Tensor) -> dict[str, Callable[[], Any]]:
+    try:
+        from ot.lp import emd
+    except ImportError:
+        return {}
+    C, rows, columns = (t.double().cpu().numpy() for t in (M, a, b))
+    return {"POT emd": lambda: emd(rows, columns, C, numItermax=10_000_000)}
+
+
 def cases(settings: Settings) -> Iterator[Case]:
     for n, reg in ((256, 10.0), (256, 1.0), (256, 0.1), (256, 0.01), (1024, 10.0), (1024, 1.0)):
         if settings.quick and n > 256:
@@ -63,6 +72,17 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield Case("solve", "100x100", torch.float32, variant=f"reg {reg:g}, histograms",
                    ours=lambda r=reg: ot.solve(M, a, b, reg=r), peers=pot(M, reg, a, b),
                    error=lambda plan: row_error(plan, a), bytes=4.0 * M.numel(), reads=True)  # fmt: skip
+    # So little reg that the plan is that of linear programming.
+    n = 256 if settings.quick else 1024
+    uniform = torch.full((n,), 1 / n, dtype=torch.float64, device=settings.device)
+    g = torch.Generator().manual_seed(0)
+    random, *weights = (torch.rand(*shape, generator=g, dtype=torch.float64) for shape in ((n, n), (n,), (n,)))
+    weights = [(w / w.sum()).to(settings.device) for w in weights]
+    for name, M, a, b in (("points", points(n, settings), uniform, uniform),
+                          ("random costs and weights", random.float().to(settings.device), *weights)):
+        yield Case("solve", f"{n}x{n}", torch.float32, variant=f"reg 1e-6, {name}",
+                   ours=lambda M=M, a=a, b=b: ot.solve(M, a, b, reg=1e-6), peers=network_simplex(M, a, b),
+                   error=lambda plan, a=a: row_error(plan, a), bytes=4.0 * n * n, reads=True)  # fmt: skip
     count, n = (8, 64) if settings.quick else (64, 128)
     many = points(n, settings, (count,))
     yield Case("solve", f"{count}x{n}x{n}", torch.float32, variant="reg 1, against a loop of calls",

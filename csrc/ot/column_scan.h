@@ -13,7 +13,7 @@ struct ColumnScan {  // of one problem
   int32_t* index;       // m x capacity: rows of the wanted entries, ascending
   int32_t* count;       // m: how many are wanted; only the first `capacity` are stored
   int64_t capacity;
-  double* value;        // m x capacity: of the wanted entries alpha_i - c_ij, or if `costs` c_ij - shift; in double
+  double* value;  // m x capacity: of the wanted entries alpha_i - c_ij, or if `costs` c_ij - shift; in double
   bool costs = false;
   double shift = 0;
   int64_t most = int64_t(1) << 62;

@@ -17,7 +17,7 @@ GRADOPS_TEAM void laplacian_apply(Team& team, const Transport& t, const Transpor
         const int64_t count = e.count[j];
         if (count == 0) return;
         const double mean = lanes.sum_at(count, v, row) / double(count);
-        lanes.add_at(count, row, [&](int64_t k) { return mean; }, sum);
+        lanes.add_at(count, row, [&](int64_t) { return mean; }, sum);
         lanes.wait();
       },
       [&](int64_t i, double sum) { return (e.degree[i] + lam) * v[i] - sum; }, out);

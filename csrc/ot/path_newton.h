@@ -92,9 +92,10 @@ GRADOPS_TEAM NewtonEnd ascend(Team& team, const Transport& t, TransportState& s,
                   (__builtin_fabs(change) <= .5 * gain && __builtin_fabs(rise) <= 1e-14 * size);
         idle = s.trial.residual < .9 * least || __builtin_fabs(rise) > 1e-14 * size ? 0 : idle + 1;
         least = s.trial.residual < least ? s.trial.residual : least;
-        // Once more, by false position on the slope: cheaper than another direction, unless it is off by far.
+        // Once more, by false position on the slope: cheaper than another direction, unless it is off by far, or goes
+        // wrong at lone rows, of which a part of their step makes nothing.
         const double cut = gain / (gain - change);
-        if (ascends || length < 1 || cut < .1 || s.evaluations >= t.max_iter) break;
+        if (ascends || length < 1 || cut < .1 || lone > 2 || s.evaluations >= t.max_iter) break;
         length = cut > .7 ? .7 : cut;
       }
       if (ascends) break;
@@ -210,7 +211,8 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
   bool met = s.now.residual <= s.mass * t.tol && missing(found) <= 1;
   while (!met && (end == NewtonEnd::reached || end == NewtonEnd::stalled)) {
     const double rtol = 0.1 / (4 + 2 * missing(found));  // the gap falls as what the marginals lack does
-    if (polish(team, t, s, reg, rtol, v.alpha, v.next, v.rhs, v.cg, v.step)) {
+    const int64_t most = end == NewtonEnd::stalled ? 300 + 2 * n : 300;  // this is the last chance
+    if (polish(team, t, s, reg, rtol, most, v.alpha, v.next, v.rhs, v.cg, v.step)) {
       const Certificate better = certify(team, t, s, v.next, s.trial);
       met = s.trial.residual <= s.mass * t.tol && missing(better) <= 1;
       if (met) {

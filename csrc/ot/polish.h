@@ -12,7 +12,7 @@ namespace {
 // largest b, beyond rounding; or if |grad|_1 does not fall by half, as where components of the plan lack more: no step
 // on their support helps those. The value stays: so near the maximum D does not rise any more.
 template <class Team>
-GRADOPS_TEAM bool polish(Team& team, const Transport& t, TransportState& s, double reg, double rtol,
+GRADOPS_TEAM bool polish(Team& team, const Transport& t, TransportState& s, double reg, double rtol, int64_t most,
                          const double* alpha, double* next, double* rhs, const CgVectors& w, double* step) {
   const int64_t n = t.cost.n;
   const Evaluation &e = s.now, &to = s.trial;
@@ -23,7 +23,7 @@ GRADOPS_TEAM bool polish(Team& team, const Transport& t, TransportState& s, doub
   team.each(n, [&](int64_t i) { rhs[i] = e.degree[i] > 0 ? reg * e.grad[i] : 0.; });
   s.products += conjugate_gradients(
       team, n, [&](const double* x, double* y) { laplacian_apply(team, t, s, e, lam, x, y); }, e.degree, lam, rhs, rtol,
-      300, w, step);
+      most, w, step);
   const double longest = team.largest(n, [&](int64_t i) { return __builtin_fabs(step[i]); });
   const double least = 0x1p-50 * s.spread;  // potentials have that much of an error anyhow
   if (!(longest <= least + 2.5e-6 * reg * team.largest(t.cost.m, [&](int64_t j) { return t.b[j]; }))) return false;
