@@ -17,10 +17,15 @@ GRADOPS_TEAM int32_t root_of(int32_t* parent, int32_t i) {
 GRADOPS_TEAM void find_components(const Transport& t, const TransportState& s, const Evaluation& e, double* lack) {
   const int64_t n = t.cost.n, m = t.cost.m;
   int32_t *of_row = s.component, *of_column = of_row + n;
-  for (int64_t i = 0; i < n; ++i) of_row[i] = int32_t(i), lack[i] = 0;
-  for (int64_t j = 0; j < m; ++j) {
+  int64_t separate = -1;  // joins until all are one, which wide supports soon are
+  for (int64_t i = 0; i < n; ++i) of_row[i] = int32_t(i), lack[i] = 0, separate += e.degree[i] > 0;
+  for (int64_t j = 0; j < m && separate > 0; ++j) {
     const int32_t* row = e.support + j * t.capacity;
-    for (int64_t k = 1; k < e.count[j]; ++k) of_row[root_of(of_row, row[k])] = root_of(of_row, row[0]);
+    for (int64_t k = 1; k < e.count[j]; ++k) {
+      const int32_t root = root_of(of_row, row[k]), to = root_of(of_row, row[0]);
+      of_row[root] = to;
+      separate -= root != to;
+    }
   }
   for (int64_t i = 0; i < n; ++i) lack[of_row[i] = root_of(of_row, int32_t(i))] += e.grad[i];
   for (int64_t j = 0; j < m; ++j) of_column[j] = e.count[j] > 0 ? of_row[e.support[j * t.capacity]] : -1;
