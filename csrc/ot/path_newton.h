@@ -206,8 +206,8 @@ GRADOPS_TEAM void path_newton(Team& team, Transport t, TransportState& s) {
   // their minimum than that: rounding would hide more.
   const auto missing = [&](const Certificate& c) {  // how many times too large it is
     const double least = 1e-3 * s.mass * s.spread, size = c.primal > least ? c.primal : least;
-    const double times = c.gap * c.primal / (t.gap_tol * size);
-    return times < 0 ? 0 : times;  // rounding
+    const double excess = c.gap * c.primal;
+    return excess <= 0 ? 0 : excess / (t.gap_tol * size);  // nothing costs anything, or rounding
   };
   bool met = s.now.residual <= s.mass * t.tol && missing(found) <= 1;
   while (!met && (end == NewtonEnd::reached || end == NewtonEnd::stalled)) {

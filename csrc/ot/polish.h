@@ -29,13 +29,14 @@ GRADOPS_TEAM bool polish(Team& team, const Transport& t, TransportState& s, doub
   if (!(longest <= least + 2.5e-6 * reg * team.largest(t.cost.m, [&](int64_t j) { return t.b[j]; }))) return false;
   visit_pieces(team, t, s, e.work, 2 * n, [&](int64_t j, const auto& lanes, double* sums) {
     const int64_t at = j * t.capacity, count = e.count[j];
-    const int32_t *from = e.support + at, *row = to.support + at;
+    const int32_t* from = e.support + at;
+    int32_t* row = to.support + at;
     const double* before = e.weight + at;
     double* weight = to.weight + at;
     const double mean = count > 0 ? lanes.sum_at(count, step, from) / double(count) : 0;
     lanes.each(count, [&](int64_t k) { weight[k] = before[k] + (step[from[k]] - mean) / reg; });
     lanes.wait();
-    const Kept kept = keep_above(lanes, count, from, weight, 0., to.support + at);
+    const Kept kept = keep_above(lanes, count, from, weight, 0., row);
     const double scale = t.b[j] / kept.sum;
     lanes.each(kept.count, [&](int64_t k) { weight[k] *= scale; });
     lanes.once([&] { to.count[j] = int32_t(kept.count), to.tau[j] = e.tau[j] + mean; });

@@ -397,3 +397,16 @@ def test_bad_input():
     ):
         with pytest.raises(error, match=match):
             call()
+
+
+@pytest.mark.parametrize("n, m", [(0, 5), (0, 0)])
+def test_no_rows_take_no_mass(n, m):
+    result = solve(torch.rand(n, m))
+    assert result.status == "converged" and result.value == 0 and result.plan.to_dense().shape == (n, m)
+
+
+def test_nothing_to_move():
+    assert solve(torch.rand(5, 6), torch.zeros(5), torch.zeros(6)).status == "converged"
+    lengths = torch.tensor([3, 0]), torch.tensor([4, 4])
+    result = solve(torch.rand(2, 5, 6), n_len=lengths[0], m_len=lengths[1])
+    assert result.status == ["converged"] * 2 and result.value[1] == 0

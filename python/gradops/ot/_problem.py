@@ -112,17 +112,11 @@ def whole_problem(M: Tensor | None, a: Tensor | None, b: Tensor | None, x: Tenso
             shapes.append(t.shape)
     batch = common_batch(*shapes)
     rows, columns = (None if t is None else t.to(torch.int64).expand(batch) for t in (n_len, m_len))
-    total: Tensor | float = 1.0  # of what is given; of what there is, if nothing is
-    if a is not None:
-        total = inside(a.to(torch.float64), n, rows).sum(-1, keepdim=True) if b is None else total
-    else:
-        if b is not None:
-            total = inside(b.to(torch.float64), m, columns).sum(-1, keepdim=True)
-        a = _uniform(like, n, rows, total)
-        if b is None and rows is not None:
-            total = a.sum(-1, keepdim=True)
+    one = a is None and b is None and rows is None and n > 0  # is the sum of weights
+    if a is None:
+        a = _uniform(like, n, rows, 1.0 if b is None else inside(b.to(torch.float64), m, columns).sum(-1, keepdim=True))
     if b is None:
-        b = _uniform(like, m, columns, total)
+        b = _uniform(like, m, columns, 1.0 if one else inside(a.to(torch.float64), n, rows).sum(-1, keepdim=True))
     a, b = (_weights_of(t, batch) for t in (a, b))
     costs = Costs(*(None if t is None else in_batch(t, batch, 2) for t in costs))
     return costs, a, b, (rows, columns)

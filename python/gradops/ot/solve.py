@@ -165,7 +165,7 @@ def _solve(M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: T
 
         alpha, beta, index, weight, *report = numbers(slots, alpha0)
         if may_widen and (count := report[_WIDEST]).numel():
-            widest = max(int(count.max()), 1)
+            widest = int(max(float(count.max()), 1))  # -inf without columns
             if widest > slots:  # from its solution it takes an evaluation or two
                 evaluations = report[_EVALUATIONS]
                 alpha, beta, index, weight, *report = numbers(widest, alpha)

@@ -33,7 +33,9 @@ class SparsePlan:
     def to_dense(self) -> Tensor:
         """``(..., n, m)``; differentiable in ``values``."""
         columns = self.values.new_zeros(*self.shape[:-2], self.shape[-1], self.shape[-2])
-        return columns.scatter_add(-1, self.indices, self.values).mT.contiguous()
+        if self.shape[-2] > 0:  # without rows a slot stands for none
+            columns = columns.scatter_add(-1, self.indices, self.values)
+        return columns.mT.contiguous()
 
     def to_torch_sparse(self) -> Tensor:
         """The plan as a coalesced COO tensor of its positive entries. Waits for the device."""
