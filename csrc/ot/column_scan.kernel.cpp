@@ -5,16 +5,12 @@
 // entry above low in double is never below it in float.
 #include "ot/column_scan.h"
 
-#include "common/widen.h"
-#include "ot/lane_mask.h"
+#include "ot/cost_rows.h"
 
 namespace gradops::GRADOPS_ISA {
 namespace {
 
-constexpr int kTile = 64;
-constexpr int kCollectColumns = 1024, kBoundColumns = 128;  // of a pass over the rows; what these need stays near
-constexpr int kPointRows = 64, kPointDims = 32;
-constexpr int kGroups = 256, kMostRanks = 24;
+constexpr int kCollectColumns = 1024;  // of a pass over the rows; what these need stays near
 constexpr int64_t kWords = 512;
 
 // v in C, rounded away from what must not be missed; without a branch, as nobody can guess which way float(v) went.
@@ -32,90 +28,13 @@ inline void round_down(double v, double& to) { to = v == -__builtin_inf() ? -0x1
 
 typedef __mmask16 LooseMask __attribute__((may_alias));
 
-// kLanes<C> numbers in order.
-template <class C>
-[[gnu::always_inline]] inline Vec<C> load_wide(const C* x) {
-  return load_anywhere(x);
-}
-[[gnu::always_inline]] inline Vec<float> load_wide(const Bf16* x) {
-  typedef uint16_t Stored __attribute__((vector_size(2 * kLanes<float>)));
-  Stored v;
-  __builtin_memcpy(&v, x, sizeof v);
-  return (Vec<float>)(__builtin_convertvector(v, Vec<uint32_t>) << 16);
-}
-[[gnu::always_inline]] inline Vec<float> load_wide(const F16* x) {
-#if defined(__AVX512F__)
-  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-#elif defined(__F16C__)
-  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-#else
-  alignas(kVectorBytes) float wide[kLanes<float>];
-  for (int l = 0; l < kLanes<float>; ++l) wide[l] = widen(x[l]);
-  return vec_at(wide);
+// Where `low` of column l of a tile is kept: halves of a word of two narrow costs are widened one after the other.
+template <class T>
+constexpr int64_t low_at(int64_t l) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, Bf16>) return l / 16 * 16 + l % 2 * 8 + l % 16 / 2;
 #endif
-}
-
-// Squared distances of up to 64 rows from i, to the columns of a tile, times `scale`.
-template <class T, class C>
-void distances(const Cost& t, int64_t i, int64_t rows, int64_t j, int64_t columns, C scale, C* out) {
-  const T *x = static_cast<const T*>(t.x), *y = static_cast<const T*>(t.y);
-  alignas(64) C turned[kPointDims * kTile];
-  for (int64_t e = 0; e < rows * kTile; ++e) out[e] = C(0);
-  for (int64_t e = 0; e < kPointDims * kTile; ++e) turned[e] = C(0);
-  for (int64_t k = 0; k < t.d; k += kPointDims) {
-    const int64_t dims = t.d - k < kPointDims ? t.d - k : kPointDims;
-    for (int64_t l = 0; l < columns; ++l)
-      for (int64_t e = 0; e < dims; ++e) turned[e * kTile + l] = widen(y[(j + l) * t.d + k + e]);
-    for (int64_t r = 0; r < rows; ++r) {
-      C at[kPointDims];
-      for (int64_t e = 0; e < dims; ++e) at[e] = widen(x[(i + r) * t.d + k + e]);
-      for (int v = 0; v < kTile; v += 2 * kLanes<C>) {
-        Vec<C> first = load_anywhere(out + r * kTile + v), second = load_anywhere(out + r * kTile + v + kLanes<C>);
-        for (int64_t e = 0; e < dims; ++e) {
-          const Vec<C> p = at[e] - load_anywhere(turned + e * kTile + v),
-                       q = at[e] - load_anywhere(turned + e * kTile + v + kLanes<C>);
-          first += p * p;
-          second += q * q;
-        }
-        store_anywhere(out + r * kTile + v, first);
-        store_anywhere(out + r * kTile + v + kLanes<C>, second);
-      }
-    }
-  }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t l = 0; l < kTile; ++l)
-      out[r * kTile + l] = l < columns ? out[r * kTile + l] * scale : C(__builtin_inf());
-}
-
-// f(i, of_row(i), j, tiles, c) for every row i, until it is false: c[0 .. 64 * tiles) are its costs from column j on,
-// +infinity past the end; as they are stored, but distances in C. Those are rounded: up, or down. Of a column, rows
-// come in order.
-template <class T, class C, class R, class F>
-[[gnu::always_inline]] inline void each_row(const Cost& t, int64_t begin, int64_t end, bool up, const R& of_row,
-                                            const F& f) {
-  if (!t.matrix) {
-    const C error = C(t.d + 4) * (sizeof(C) == 8 ? C(0x1p-53) : C(0x1p-24)), scale = up ? 1 + error : 1 - error;
-    alignas(64) C costs[kPointRows * kTile];
-    for (int64_t j = begin; j < end; j += kTile)
-      for (int64_t i = 0; i < t.n; i += kPointRows) {
-        const int64_t rows = t.n - i < kPointRows ? t.n - i : kPointRows;
-        distances<T, C>(t, i, rows, j, end - j < kTile ? end - j : kTile, scale, costs);
-        for (int64_t r = 0; r < rows; ++r)
-          if (!f(i + r, of_row(i + r), j, 1, costs + r * kTile)) return;
-      }
-    return;
-  }
-  const int64_t direct = (end - begin) / kTile * kTile, rest = end - begin - direct;
-  alignas(64) T last[kTile];
-  for (int64_t l = rest; l < kTile; ++l) narrow(C(__builtin_inf()), last[l]);
-  for (int64_t i = 0; i < t.n; ++i) {
-    const T* c = static_cast<const T*>(t.matrix) + i * t.m + begin;
-    const auto row = of_row(i);
-    if (direct && !f(i, row, begin, direct / kTile, c)) return;
-    if (rest == 0) continue;
-    for (int64_t l = 0; l < rest; ++l) last[l] = c[direct + l];
-    if (!f(i, row, begin + direct, 1, last)) return;
-  }
+  return l;
 }
 
 // One bit per column of a tile: not alpha - c < low.
@@ -127,6 +46,35 @@ template <class T, class C>
       const auto lanes = __mmask16(not_below(alpha - load_wide(c + 16 * v), load_anywhere(low + 16 * v)));
       asm("kmovw %1, %0" : "=m"(reinterpret_cast<LooseMask*>(bits)[v]) : "k"(lanes));
     }
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(C) == 4) {  // lanes are narrowed to bytes first: to bring them to the other registers is slow
+    uint64_t all = 0;
+    for (int v = 0; v < kTile; v += 32) {
+      const auto lanes = [&](Vec<float> cost, int at) __attribute__((always_inline)) {
+        return _mm256_castps_si256(
+            _mm256_cmp_ps((__m256)(alpha - cost), (__m256)load_anywhere(low + v + at), _CMP_NLT_UQ));
+      };
+      __m256i bytes;
+      if constexpr (std::is_same_v<T, Bf16>) {
+        const auto sixteen = [&](int at) __attribute__((always_inline)) {
+          const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c + v + at));
+          const __m256i second = _mm256_and_si256(two, _mm256_set1_epi32(int(0xffff0000)));
+          return _mm256_blend_epi16(lanes((Vec<float>)_mm256_slli_epi32(two, 16), at),
+                                    lanes((Vec<float>)second, at + 8), 0xaa);
+        };
+        bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(sixteen(0), sixteen(16)), 0xd8);
+      } else {
+        const auto sixteen = [&](int at) __attribute__((always_inline)) {
+          return _mm256_packs_epi32(lanes(load_wide(c + v + at), at), lanes(load_wide(c + v + at + 8), at + 8));
+        };
+        bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(sixteen(0), sixteen(16)),
+                                            _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+      }
+      all |= uint64_t(uint32_t(_mm256_movemask_epi8(bytes))) << v;
+    }
+    *bits = all;
     return;
   }
 #endif
@@ -205,7 +153,7 @@ bool collect(const ColumnScan& t, int64_t begin, int64_t end, int64_t& most) {
   while (int64_t(1) << shift < end - begin) ++shift;
   const int64_t per_row = int64_t(1) << (shift - 6), rows = kWords / per_row;
   for (int64_t l = 0; l < per_row * kTile; ++l) low[l] = C(__builtin_inf());
-  for (int64_t j = begin; j < end; ++j) round_down(t.low[j], low[j - begin]);
+  for (int64_t j = begin; j < end; ++j) round_down(t.low[j], low[t.cost.matrix ? low_at<T>(j - begin) : j - begin]);
   Lists lists;
   for (int64_t j = 0; j < end - begin; ++j) lists.next[j] = int32_t(j * t.capacity);
   for (int64_t j = 0; j < end - begin; ++j) lists.end[j] = int32_t((j + 1) * t.capacity);
@@ -235,88 +183,6 @@ bool collect(const ColumnScan& t, int64_t begin, int64_t end, int64_t& most) {
   return most >= 0;
 }
 
-// Of every column the largest entries of `groups` sets of rows. The k-th largest of these, and the threshold that they
-// alone would have, are below those of the whole column.
-template <class T, class C>
-void bound(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64_t begin, int64_t end) {
-  const int64_t sought = max_nz < kGroups / 2 ? 4 * max_nz : t.cost.n / 4 < 128 ? t.cost.n / 4 : 128;
-  const int64_t groups = sought <= 64 ? 64 : sought <= 128 ? 128 : kGroups;  // a row's is found without a division
-  alignas(64) C largest[kGroups * kBoundColumns];
-  for (int64_t e = 0; e < groups * kBoundColumns; ++e) largest[e] = -C(__builtin_inf());
-  each_row<T, C>(
-      t.cost, begin, end, true, [&](int64_t i) { return C(t.alpha[i]); },
-      [&](int64_t i, C alpha, int64_t j, int64_t tiles, const auto* c) {
-        C* to = largest + (i & (groups - 1)) * kBoundColumns + (j - begin);
-        for (int64_t v = 0; v < tiles * kTile; v += kLanes<C>) {
-          __builtin_prefetch(c + 2 * t.cost.m + v);
-          const Vec<C> x = alpha - load_wide(c + v), old = load_anywhere(to + v), now = greater(x, old);
-          store_anywhere(to + v, now);
-        }
-        return true;
-      });
-  const C rounding = sizeof(C) == 8 ? C(0x1p-50) : C(0x1p-21);
-  const int64_t ranks = max_nz <= kMostRanks ? max_nz : 1;
-  for (int64_t v = 0; v < end - begin; v += kLanes<C>) {
-    Vec<C> ranked[kMostRanks], scaled = {};
-    for (int64_t r = 0; r < ranks; ++r) ranked[r] = Vec<C>{} - C(__builtin_inf());
-    for (int64_t g = 0; g < groups; ++g) {
-      insert<C>(load_anywhere(largest + g * kBoundColumns + v), ranked, ranks);
-    }
-    for (int l = 0; l < kLanes<C> && v + l < end - begin; ++l) scaled[l] = C(scaled_mass[begin + v + l]);
-    const Vec<C> most = ranked[0];
-    Vec<C> low = -scaled;  // relative to the largest: one entry takes all the mass
-    for (int step = 0; step < 6; ++step) {
-      Vec<C> sum = {}, size = {};
-      for (int64_t g = 0; g < groups; ++g) {
-        const Vec<C> x = load_anywhere(largest + g * kBoundColumns + v) - most;
-        sum += x >= low ? x : Vec<C>{};
-        size += x >= low ? Vec<C>{} + 1 : Vec<C>{};
-      }
-      const Vec<C> higher = (sum - scaled) / size;
-      low = greater(higher, low);
-    }
-    Vec<C> rank = Vec<C>{} - C(__builtin_inf());
-    if (ranks == max_nz) {
-      rank = ranked[ranks - 1];
-    } else if (max_nz <= groups) {
-      // Many ranks: up to a hundredth before the max_nz-th largest's distance from the largest, where it is above
-      // `low`. Halves what lies between in the order of the bits, so that numbers of any size may be among the entries.
-      using Bits = Vec<std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>>;
-      Bits far = (Bits)-low, near = {};
-      for (int step = 0; step < 14; ++step) {
-        const Bits middle = step == 0 ? far : near + (far - near) / 2;
-        const Vec<C> distance = (Vec<C>)middle;
-        Vec<C> size = {};
-        for (int64_t g = 0; g < groups; ++g) {
-          const Vec<C> x = load_anywhere(largest + g * kBoundColumns + v) - most;
-          size += x >= -distance ? Vec<C>{} + 1 : Vec<C>{};
-        }
-        if (step == 0 && !not_below(size, Vec<C>{} + C(max_nz))) break;  // it is nowhere
-        const auto enough = size >= C(max_nz);
-        rank = enough ? most - distance : rank;
-        far = enough ? middle : far;
-        near = enough ? near : middle;
-      }
-    }
-    for (int l = 0; l < kLanes<C> && v + l < end - begin; ++l) {
-      const double top = double(most[l]);
-      double tau = top + double(low[l]) - double(rounding) * double(groups) * double(scaled[l]);
-      if (double(rank[l]) > tau) tau = double(rank[l]);
-      const double size = __builtin_fabs(tau) + __builtin_fabs(top);
-      tau -= double(rounding) * size + 0x1p-120;
-      t.low[begin + v + l] = tau == tau ? tau : -__builtin_inf();
-    }
-  }
-}
-
-template <class F>
-void with_arithmetic(Element e, const F& f) {
-  with_type(e, [&](auto zero) {
-    using T = decltype(zero);
-    f(T(), Arithmetic<T>());
-  });
-}
-
 }  // namespace
 
 bool scan_columns(const ColumnScan& t, int64_t begin, int64_t end) {
@@ -328,14 +194,6 @@ bool scan_columns(const ColumnScan& t, int64_t begin, int64_t end) {
       all = collect<decltype(stored), decltype(wide)>(t, j, end - j < columns ? end : j + columns, most);
   });
   return all;
-}
-
-void scan_bounds(const ColumnScan& t, const double* scaled_mass, int64_t max_nz, int64_t begin, int64_t end) {
-  with_arithmetic(t.cost.element, [&](auto stored, auto wide) {
-    for (int64_t j = begin; j < end; j += kBoundColumns)
-      bound<decltype(stored), decltype(wide)>(t, scaled_mass, max_nz, j,
-                                              end - j < kBoundColumns ? end : j + kBoundColumns);
-  });
 }
 
 }  // namespace gradops::GRADOPS_ISA

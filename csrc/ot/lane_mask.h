@@ -147,13 +147,50 @@ inline int32_t list_nonzero(const uint64_t* words, int32_t count, int32_t* where
   return found;
 }
 
-// x into the largest numbers so far of every lane, in falling order.
-template <class C>
-[[gnu::always_inline]] inline void insert(Vec<C> x, Vec<C>* top, int64_t ranks) {
-  for (int64_t r = 0; r < ranks; ++r) {
-    const Vec<C> more = greater(x, top[r]);
-    x = lesser(x, top[r]);
-    top[r] = more;
+template <class V>
+[[gnu::always_inline]] inline void exchange(V& high, V& low) {
+  const V more = greater(low, high);
+  low = lesser(low, high);
+  high = more;
+}
+// Falling order, of numbers that fall and then rise, or rise and then fall.
+template <int N, class V>
+[[gnu::always_inline]] inline void sort_bitonic(V* v) {
+  if constexpr (N > 1) {
+    for (int i = 0; i < N / 2; ++i) exchange(v[i], v[i + N / 2]);
+    sort_bitonic<N / 2>(v);
+    sort_bitonic<N / 2>(v + N / 2);
+  }
+}
+// Batcher's networks.
+template <int N, class V>
+[[gnu::always_inline]] inline void sort_few(V* v) {
+  if constexpr (N == 4) {
+    constexpr int8_t kPairs[5][2] = {{0, 1}, {2, 3}, {0, 2}, {1, 3}, {1, 2}};
+    for (const auto& pair : kPairs) exchange(v[pair[0]], v[pair[1]]);
+  } else {
+    static_assert(N == 8);
+    constexpr int8_t kPairs[19][2] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {1, 2}, {5, 6},
+                                      {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}};
+#pragma GCC unroll 19
+    for (int i = 0; i < 19; ++i) exchange(v[kPairs[i][0]], v[kPairs[i][1]]);
+  }
+}
+// The largest of x(0), ..., x(count - 1) in falling order, lane by lane. count: a multiple of 8.
+template <int kRanks, class V, class F>
+[[gnu::always_inline]] inline void find_largest(int64_t count, const F& x, V* top) {
+  constexpr int kSome = kRanks < 8 ? 4 : 8;
+  for (int r = 0; r < kRanks; ++r) top[r] = V{} - __builtin_inff();
+  for (int64_t s = 0; s < count; s += kSome) {
+    V next[kSome];
+    for (int r = 0; r < kSome; ++r) next[r] = x(s + r);
+    sort_few<kSome>(next);
+    if (s == 0) {
+      for (int r = 0; r < kSome; ++r) top[r] = next[r];
+      continue;
+    }
+    for (int r = 0; r < kSome; ++r) top[kRanks - 1 - r] = greater(top[kRanks - 1 - r], next[r]);
+    sort_bitonic<kRanks>(top);
   }
 }
 

@@ -74,47 +74,11 @@ struct Found {
   Doubles largest, tau, smallest, gain;
 };
 
-[[gnu::always_inline]] inline void exchange(Doubles& high, Doubles& low) {
-  const Doubles more = greater(low, high);
-  low = lesser(low, high);
-  high = more;
-}
-// Falling order, of numbers that fall and then rise, or rise and then fall.
-template <int N>
-[[gnu::always_inline]] inline void sort_bitonic(Doubles* v) {
-  if constexpr (N > 1) {
-    for (int i = 0; i < N / 2; ++i) exchange(v[i], v[i + N / 2]);
-    sort_bitonic<N / 2>(v);
-    sort_bitonic<N / 2>(v + N / 2);
-  }
-}
-[[gnu::always_inline]] inline void sort_eight(Doubles* v) {  // Batcher's network
-  constexpr int8_t kPairs[19][2] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {1, 2}, {5, 6},
-                                    {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}};
-#pragma GCC unroll 19
-  for (int i = 0; i < 19; ++i) exchange(v[kPairs[i][0]], v[kPairs[i][1]]);
-}
-
 // From the largest entries in falling order: bits depend on these alone.
 template <int kRanks>
 Found sorted(const Doubles* x, int64_t slots, int64_t max_nz, Doubles scaled) {
   Doubles top[kRanks], sum = {}, all = {}, size = Doubles{} + 1, gain = {};
-  for (int r = 0; r < kRanks; ++r) top[r] = Doubles{} - kInfinity;
-  if constexpr (kRanks <= 8) {
-    for (int64_t s = 0; s < slots; ++s) insert<double>(x[s], top, kRanks);
-  } else {
-    for (int64_t s = 0; s < slots; s += 8) {
-      Doubles next[8];
-      for (int r = 0; r < 8; ++r) next[r] = x[s + r];
-      sort_eight(next);
-      if (s == 0) {
-        for (int r = 0; r < 8; ++r) top[r] = next[r];
-        continue;
-      }
-      for (int r = 0; r < 8; ++r) top[kRanks - 1 - r] = greater(top[kRanks - 1 - r], next[r]);
-      sort_bitonic<kRanks>(top);
-    }
-  }
+  find_largest<kRanks>((slots + 7) / 8 * 8, [&](int64_t s) { return x[s]; }, top);
   for (int64_t r = 0; r < max_nz; ++r) {
     const Doubles y = top[r] - top[0];
     all += y;
