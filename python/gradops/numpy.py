@@ -128,10 +128,9 @@ def spectral_solve(G: Array, r: Array, *, k: int | None = None, rtol: float = 1e
         return np.zeros(r.shape), np.zeros(r.shape), np.zeros(r.shape[:-1], np.int64)
     finite: Any = np.isfinite(G).all((-2, -1)) & np.isfinite(r).all(-1)
     values, q = np.linalg.eigh(np.where(finite[..., None, None], G, 0))
-    index = np.arange(G.shape[-1])
     with np.errstate(over="ignore"):
-        sigma, factor, kept = factors(np, np.maximum(values[..., ::-1], 0), index, -1 if k is None else k, rtol, atol,
-                                      filter, damping, power)
+        sigma, factor, kept = factors(np, np.maximum(values[..., ::-1], 0), -1 if k is None else k, rtol, atol, filter,
+                                      damping, power)
     w = _times(q, factor[..., ::-1] * _times(np.swapaxes(q, -1, -2), np.where(finite[..., None], r, 0)))
     nan = np.where(finite, 0, np.nan)[..., None]
     return w + nan, sigma + nan, np.where(finite, kept.sum(-1), -1)
@@ -181,6 +180,5 @@ def _by_svd(J: Array, r: Array, k: int | None, rtol: float) -> Array:
     bad: Any = ~np.isfinite(J).all((-2, -1))
     triangle = np.linalg.qr(np.swapaxes(np.where(bad[..., None, None], 0, J).astype(np.float64), -1, -2), mode="r")
     _, sigma, vh = np.linalg.svd(triangle, full_matrices=False)
-    index = np.arange(sigma.shape[-1])
-    _, factor, _ = factors(np, sigma**2, index, -1 if k is None else k, rtol, 0.0, "hard", 0.0, 1.0)
+    _, factor, _ = factors(np, sigma**2, -1 if k is None else k, rtol, 0.0, "hard", 0.0, 1.0)
     return np.where(bad[..., None], np.nan, _times(np.swapaxes(vh, -1, -2), factor * _times(vh, r)))

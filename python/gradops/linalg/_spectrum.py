@@ -21,28 +21,25 @@ def check_filter(k: int | None, rtol: float, atol: float = 0.0, filter: str = "h
         raise ValueError(f"filter must be one of {', '.join(map(repr, FILTERS))}, got {filter!r}")
 
 
-def factors(xp: Any, values: Any, index: Any, k: int, rtol: float, atol: float, filter: str, damping: float,
-            power: float) -> tuple[Any, Any, Any]:
+def factors(xp: Any, values: Any, k: int, rtol: float, atol: float, filter: str, damping: float, power: float
+            ) -> tuple[Any, Any, Any]:
     """Square roots, factors and which ones are above the hard filter's cut, of eigenvalues >= 0 in falling order.
 
-    xp: torch or numpy. index: 0, 1, ... along the last dimension. k: -1 for all.
+    xp: torch or numpy. k: -1 for all.
     """
     sigma = xp.sqrt(values)
-    inside = index < k if k >= 0 else index >= 0
-    positive = values > 0
-    safe = xp.where(positive, values, 1.0)
-    above = inside & (sigma > atol)
-    kept = above & (sigma > rtol * sigma[..., :1])
-    if filter == "hard":
-        weight = kept * 1.0
-    elif filter == "smooth":
-        weight = xp.where(above, 1 / (1 + (rtol**2 * values[..., :1] / safe) ** 6), 0.0)
-    else:
-        weight = inside * 1.0
+    kept = sigma > xp.clip(rtol * sigma[..., :1], atol, None)
+    used = kept if filter == "hard" else sigma > atol if filter == "smooth" else values + damping > 0
+    if k >= 0:
+        kept[..., k:] = False
+        used[..., k:] = False
     if power != 1:
-        weight = weight * xp.where(positive, safe ** ((1 - power) / 2), 0.0)
-    damped = values + damping
-    return sigma, xp.where(damped > 0, weight / xp.where(damped > 0, damped, 1.0), 0.0), kept
+        used = used & (values > 0)
+    safe = xp.where(used, values, xp.ones_like(values))  # torch takes long to make a tensor of a number
+    factor = used / (safe + damping if damping else safe)
+    if filter == "smooth":
+        factor = factor / (1 + (rtol**2 * values[..., :1] / safe) ** 6)
+    return sigma, factor if power == 1 else factor * safe ** ((1 - power) / 2), kept
 
 
 def gram_suffices(rtol: float, double: bool) -> bool:

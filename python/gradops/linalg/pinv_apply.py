@@ -106,8 +106,7 @@ def _by_svd(Jt: Tensor, r: Tensor, k: int | None, rtol: float) -> Tensor:
         return torch.zeros_like(r)
     finite = (Jt.abs().amax((-2, -1)) < torch.inf)[..., None]  # else the SVD may fail for the whole batch
     _, sigma, vh = torch.linalg.svd(torch.where(finite[..., None], Jt, 0), full_matrices=False)
-    index = torch.arange(sigma.shape[-1], device=sigma.device)
-    _, factor, _ = factors(torch, sigma**2, index, -1 if k is None else k, rtol, 0.0, "hard", 0.0, 1.0)
+    _, factor, _ = factors(torch, sigma**2, -1 if k is None else k, rtol, 0.0, "hard", 0.0, 1.0)
     w = vh.mT @ (factor[..., None] * (vh @ r[..., None]))
     return torch.where(finite, w[..., 0], torch.nan)
 

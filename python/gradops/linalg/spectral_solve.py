@@ -1,4 +1,6 @@
 """Solves through the eigenvectors of a Gram matrix, with a filter on its spectrum."""
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -16,15 +18,22 @@ def _spectral_solve(G: Tensor, r: Tensor, k: int, rtol: float, atol: float, filt
     G, r = G.double(), r.double()
     if G.numel() == 0:
         return torch.zeros_like(r), torch.zeros_like(r), torch.zeros(r.shape[:-1], dtype=torch.int64, device=G.device)
-    # eigh may fail for the whole batch where one matrix is not finite.
-    finite = (G.abs().amax((-2, -1)) < torch.inf) & (r.abs().amax(-1) < torch.inf)
-    values, q = torch.linalg.eigh(torch.where(finite[..., None, None], G, 0))
-    index = torch.arange(G.shape[-1], device=G.device)
-    sigma, factor, kept = factors(torch, values.flip(-1).clamp_min(0), index, k, rtol, atol, filter, damping, power)
-    y = q.mT @ torch.where(finite[..., None], r, 0)[..., None]
-    w = (q @ (factor.flip(-1)[..., None] * y))[..., 0]
+    # eigh may fail for the whole batch where one matrix is not finite. On the CPU it takes no time to see that all are.
+    finite = None
+    if not (G.is_cpu and isfinite(float(G.sum() + r.sum()))):
+        finite = (G.abs().amax((-2, -1)) < torch.inf) & (r.abs().amax(-1) < torch.inf)
+        G, r = torch.where(finite[..., None, None], G, 0), torch.where(finite[..., None], r, 0)
+    values, q = torch.linalg.eigh(G)
+    sigma, factor, kept = factors(torch, values.flip(-1).clamp_min_(0), k, rtol, atol, filter, damping, power)
+    w, rank = _times(q, factor.flip(-1) * _times(q.mT, r)), kept.sum(-1)
+    if finite is None:
+        return w, sigma, rank
     nan = torch.where(finite, 0.0, torch.nan)[..., None]
-    return w + nan, sigma + nan, torch.where(finite, kept.sum(-1), -1)
+    return w + nan, sigma + nan, torch.where(finite, rank, -1)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return matrix @ vector if vector.dim() == 1 else (matrix @ vector[..., None])[..., 0]
 
 
 def _fake(G: Tensor, r: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
