@@ -1,5 +1,6 @@
 """Shows what the harness measured: a table, a JSON file, a plot."""
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def table(results: list[Result]) -> Table:
             f"{r['op']} {r['variant']}".strip(), r["shape"], r["dtype"], milliseconds(ours), milliseconds(theirs),
             "" if ratio is None else mark.format(f"{ratio:.2f}"),
             *(f"{r['ratios'][p]:.2f}" if p in r["ratios"] else "" for p in peers),
-            milliseconds(r["floor"]), f"{r['floor'] / ours:.0%}",
+            milliseconds(r["floor"] or None), f"{r['floor'] / ours:.0%}" if r["floor"] else "",
             *(f"{r['errors'][who]:.1e}" if who in r["errors"] else "" for who in ("ours", "torch")),
         )  # fmt: skip
     return out
@@ -51,7 +52,8 @@ def show(machine: dict[str, Any], results: list[Result]) -> None:
         console = Console(width=160)
     failed = [r for r in results if "failed" in r]
     results = [r for r in results if "failed" not in r]
-    console.print(table(results))
+    for _, group in groupby(results, key=lambda r: r["op"].split()[0]):  # peers differ: one table would be too wide
+        console.print(table(list(group)), "")
     console.print(legend(machine), style="dim", highlight=False)
     lost = sum(r["lost"] for r in results)
     if lost:

@@ -99,6 +99,15 @@ def test_a_case_that_raises_does_not_stop_the_others(capsys):
     assert "bad 1 float32 failed: RuntimeError: out of order" in capsys.readouterr().out
 
 
+def test_a_table_has_the_peers_of_its_own_op_alone(floor, capsys):
+    first = harness.measure(case(peers={"one": spin(2e-3)}), floor)
+    second = {**first, "op": "other", "ratios": {"two": 1.0}, "floor": 0.0}
+    report.show(harness.machine(floor.settings), [first, second])
+    headers = [line for line in capsys.readouterr().out.splitlines() if "ours ms" in line]
+    assert ["x one" in line for line in headers] == [True, False]
+    assert ["x two" in line for line in headers] == [False, True]
+
+
 def test_json_and_plot(floor, tmp_path):
     result = harness.measure(case(error=lambda y: 0.0), floor)
     machine = harness.machine(floor.settings)
