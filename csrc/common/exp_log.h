@@ -87,6 +87,12 @@ template <class T>
   return z * p;
 }
 
+// |k| < 2^31 or 2^51: before AVX-512 there is no instruction for the latter.
+[[gnu::always_inline]] inline float whole_of(int32_t k) { return float(k); }
+[[gnu::always_inline]] inline double whole_of(int64_t k) {
+  return __builtin_bit_cast(double, k + __builtin_bit_cast(int64_t, 0x1.8p52)) - 0x1.8p52;
+}
+
 template <class T>
 [[gnu::always_inline]] inline T log_of(T x) {
   using B = FloatBits<T>;
@@ -98,11 +104,11 @@ template <class T>
   const Int one = Int(B::kBias) << B::kMantissa;
   const Int root = __builtin_bit_cast(Int, T(0.70710678118654752440));
   using Unsigned = typename B::Unsigned;
-  const Int shifted = Int(Unsigned(bits) + Unsigned(one - root));  // wraps for a NaN
-  const Int k = (shifted >> B::kMantissa) - B::kBias;
-  const T m = __builtin_bit_cast(T, (shifted & ((Int(1) << B::kMantissa) - 1)) + root);
+  const Unsigned shifted = Unsigned(bits) + Unsigned(one - root);  // wraps for a NaN
+  const Int k = Int(shifted >> B::kMantissa) - B::kBias;
+  const T m = __builtin_bit_cast(T, (shifted & ((Unsigned(1) << B::kMantissa) - 1)) + Unsigned(root));
   const T f = m - T(1), s = f / (T(2) + f), half = T(0.5) * f * f;
-  const T n = T(small ? k - B::kUpBits : k);
+  const T n = whole_of(small ? k - B::kUpBits : k);
   const T y = n * B::kLn2High - ((half - (s * (half + log_tail(s * s)) + n * B::kLn2Low)) - f);
   const T infinity = T(__builtin_inf());
   const T edge = x == T(0) ? -infinity : x < T(0) ? T(__builtin_nan("")) : x;  // also for +inf and NaN

@@ -248,10 +248,17 @@ class Solver {
 
   void certify(int64_t iterations) {
     const Memory& w = memory_;
+    EntropicKept kept{static_cast<double*>(kernel_), nullptr};
+    if (kernel_ && pass_.in_double && !pass_.fresh) {  // what the potentials say is there already, but for factors
+      kept.v = static_cast<const double*>(w.base.v);
+      for (int64_t i = 0; i < item_.rows; ++i)
+        w.x[i] = item_.a[i] == 0 ? 0 : item_.a[i] * std::exp2(item_.f[i] - w.base.f[i]);
+    }
     use(true);
     center();
     each_chunk([&](int64_t c, int64_t begin, int64_t end, void* scratch) {
-      run_.measure(item_, begin, end, scratch, w.rows, w.x, partial_of(w.partial, c), partial_of(w.partial_scaled, c));
+      run_.measure(item_, kept, begin, end, scratch, w.rows, w.x, partial_of(w.partial, c),
+                   partial_of(w.partial_scaled, c));
     });
     add_chunks(w.partial, w.sums);
     add_chunks(w.partial_scaled, w.scaled);
@@ -270,7 +277,7 @@ class Solver {
     }
     double parts[kChunks], gap = 0;
     each_chunk([&](int64_t c, int64_t begin, int64_t end, void* scratch) {
-      parts[c] = run_.gap(item_, {w.x, w.y, w.h, missing}, begin, end, scratch);
+      parts[c] = run_.gap(item_, kept, {w.x, w.y, w.h, missing}, begin, end, scratch);
     });
     for (int64_t c = 0; c < chunks_; ++c) gap += parts[c];
     error /= mass_;

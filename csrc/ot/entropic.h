@@ -73,6 +73,10 @@ struct EntropicStep {
   double error, drift;  // sum_j |q_j - b_j|; the largest |log2 v_j|
   int64_t doubtful;     // columns whose sums were not trusted: made -1, and g_j left alone
 };
+struct EntropicKept {  // the plan at the end, where there is memory for it
+  double* plan;        // (rows, entropic_stride(columns)), or null
+  const double* v;     // not null: for now `plan` is a kernel, and t_ij = x_i k_ij v_j
+};
 struct EntropicRounding {  // of the plan to its marginals: t_ij x_i y_j + e_i h_j / total
   const double *x, *y, *h;
   double total;
@@ -89,12 +93,13 @@ GRADOPS_DECLARE(void, entropic_columns, const EntropicItem&, int64_t begin, int6
                 double* sums)
 // g_j += omega log2(b_j / q_j), and v_j, from the sums, which become q_j. weight: of all rows.
 GRADOPS_DECLARE(EntropicStep, entropic_step, const EntropicPass&, double weight, double* sums)
-// Sums of rows [begin, end), x_i = min(1, a_i / r_i), their parts of the column sums of T and of diag(x) T
-GRADOPS_DECLARE(void, entropic_measure, const EntropicItem&, int64_t begin, int64_t end, void* scratch, double* rows,
-                double* x, double* columns, double* scaled)
-// The part of rows [begin, end) in KL(rounded plan, T)
-GRADOPS_DECLARE(double, entropic_gap, const EntropicItem&, const EntropicRounding&, int64_t begin, int64_t end,
-                void* scratch)
+// Sums of rows [begin, end), x_i = min(1, a_i / r_i), their parts of the column sums of T and of diag(x) T; and the
+// rows of the plan that is kept. If `v` is given, x holds the kernel's factors before.
+GRADOPS_DECLARE(void, entropic_measure, const EntropicItem&, const EntropicKept&, int64_t begin, int64_t end,
+                void* scratch, double* rows, double* x, double* columns, double* scaled)
+// The part of rows [begin, end) in KL(rounded plan, T); after entropic_measure
+GRADOPS_DECLARE(double, entropic_gap, const EntropicItem&, const EntropicKept&, const EntropicRounding&, int64_t begin,
+                int64_t end, void* scratch)
 
 constexpr int64_t kEntropicStep = 16, kEntropicRows = 64, kEntropicBlock = 32768;
 inline int64_t entropic_stride(int64_t columns) { return (columns + 15) / 16 * 16; }

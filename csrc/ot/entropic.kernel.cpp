@@ -313,12 +313,19 @@ void split(const EntropicItem& t, double span, EntropicBase& base) {
 
 // to log(to / t) - to + t, without cancellation: 2^k t is near `to`, and s = (to - 2^k t) / (to + 2^k t). t is normal.
 [[gnu::always_inline]] inline double divergence(double to, double t) {
-  const int64_t bits = __builtin_bit_cast(int64_t, t);
-  const int64_t k = (__builtin_bit_cast(int64_t, to) - bits + (int64_t(1) << 51)) >> 52;
-  const double near = __builtin_bit_cast(double, int64_t(uint64_t(bits) + (uint64_t(k) << 52)));
+  constexpr uint64_t kHalf = uint64_t(1) << 51, kSign = uint64_t(1) << 63;  // of k + 2048 there is no sign to keep
+  const uint64_t bits = __builtin_bit_cast(uint64_t, t);
+  const uint64_t shifted = (__builtin_bit_cast(uint64_t, to) - bits + kHalf + kSign) >> 52;
+  const double near = __builtin_bit_cast(double, bits + (shifted << 52) + kSign), k = whole_of(int64_t(shifted) - 2048);
   const double sum = to + near, s = (to - near) / sum, z = s * s;
-  const double part = z * sum + to * s * log_tail(z) + (double(k) * 0.69314718055994530942 * to + (t - near));
+  const double part = z * sum + to * s * log_tail(z) + (k * 0.69314718055994530942 * to + (t - near));
   return to > 0x1p-1000 ? part : t;
+}
+
+constexpr double kTiny = 0x1p-900;  // entries below it may be more than what they stand for: see exp2_of
+
+double* plan_row(const EntropicItem& t, const EntropicKept& kept, int64_t i, void* scratch) {
+  return kept.plan ? kept.plan + i * entropic_stride(t.columns) : static_cast<double*>(scratch);
 }
 
 }  // namespace
@@ -360,50 +367,71 @@ void entropic_base(const EntropicItem& t, bool in_double, double span, EntropicB
   in_double ? split<double>(t, span, base) : split<float>(t, span, base);
 }
 
-void entropic_measure(const EntropicItem& item, int64_t begin, int64_t end, void* scratch, double* rows, double* x,
-                      double* columns, double* scaled) {
+void entropic_measure(const EntropicItem& item, const EntropicKept& kept, int64_t begin, int64_t end, void* scratch,
+                      double* rows, double* x, double* columns, double* scaled) {
   const int64_t m = item.columns;
-  double *t = static_cast<double*>(scratch), *buffer = t + m;
+  double* buffer = static_cast<double*>(scratch) + m;
   for (int64_t j = 0; j < m; ++j) columns[j] = scaled[j] = 0;
   for (int64_t i = begin; i < end; ++i) {
+    double* const t = plan_row(item, kept, i, scratch);
+    const double factor = x[i];
     rows[i] = x[i] = 0;
     if (item.f[i] == -kInfinity) continue;
-    rows[i] = powers(Exponents<double>(item, item.g, costs<double>(item, i, 0, m, buffer), item.f[i]), Ones(), m, t);
-    x[i] = rows[i] > item.a[i] ? item.a[i] / rows[i] : 1.;
+    double sum = 0;
+    if (const double* v = kept.v) {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < m; ++j) t[j] *= factor * v[j], sum += t[j];
+    } else {
+      sum = powers(Exponents<double>(item, item.g, costs<double>(item, i, 0, m, buffer), item.f[i]), Ones(), m, t);
+    }
+    rows[i] = sum;
+    x[i] = sum > item.a[i] ? item.a[i] / sum : 1.;
     const double weight = x[i];
 #pragma omp simd
     for (int64_t j = 0; j < m; ++j) columns[j] += t[j], scaled[j] += t[j] * weight;
   }
 }
 
-double entropic_gap(const EntropicItem& item, const EntropicRounding& u, int64_t begin, int64_t end, void* scratch) {
+double entropic_gap(const EntropicItem& item, const EntropicKept& kept, const EntropicRounding& u, int64_t begin,
+                    int64_t end, void* scratch) {
   const int64_t m = item.columns;
   const double *y = u.y, *h = u.h;
-  double *t = static_cast<double*>(scratch), *buffer = t + m, *apart = buffer + m, gap = 0;
+  double *buffer = static_cast<double*>(scratch) + m, *apart = buffer + m, gap = 0;
 #pragma omp simd
   for (int64_t j = 0; j < m; ++j) apart[j] = divergence(y[j], 1.);
   for (int64_t i = begin; i < end; ++i) {
     if (item.f[i] == -kInfinity) continue;
-    const Exponents<double> exponent(item, item.g, costs<double>(item, i, 0, m, buffer), item.f[i]);
+    double* const t = plan_row(item, kept, i, scratch);
+    const auto exponents = [&] {
+      return Exponents<double>(item, item.g, costs<double>(item, i, 0, m, buffer), item.f[i]);
+    };
+    if (!kept.plan) powers(exponents(), Ones(), m, t);
     const double x = u.x[i];
-    double kept = 0, cut = 0, parted = 0;
-#pragma omp simd reduction(+ : kept, cut, parted)
+    double left = 0, cut = 0, parted = 0, tiny = 0;
+#pragma omp simd reduction(+ : left, cut, parted, tiny)
     for (int64_t j = 0; j < m; ++j) {
-      t[j] = exp2_of(exponent[j]);
-      kept += t[j] * y[j], cut += t[j] * (1 - y[j]), parted += t[j] * apart[j];
+      left += t[j] * y[j], cut += t[j] * (1 - y[j]), parted += t[j] * apart[j];
+      tiny += t[j] < kTiny && h[j] > 0 ? 1. : 0.;
     }
-    const double missing = item.a[i] - x * kept, fill = missing / u.total;
+    const double missing = item.a[i] - x * left, fill = missing / u.total;
     if (!(u.total > 0 && missing > kEntropicRounding * item.a[i])) {
       // With d(r) = r log r - r + 1, d(x y) = y d(x) + x d(y) + (1 - x) (1 - y), and none of these is negative.
-      gap += divergence(x, 1.) * kept + x * parted + (1 - x) * cut;
+      gap += divergence(x, 1.) * left + x * parted + (1 - x) * cut;
       continue;
     }
     double sum = 0;
+    if (tiny == 0) {
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < m; ++j) {
-      const double more = fill * h[j], below = kLeast - exponent[j];  // by how much exp2_of gave too much
-      sum += divergence(t[j] * (x * y[j]) + more, t[j]) +
-             (more > 0 && below > 0 ? more * (below * 0.69314718055994530942) : 0.);
+      for (int64_t j = 0; j < m; ++j) sum += divergence(t[j] * (x * y[j]) + fill * h[j], t[j]);
+    } else {
+      const Exponents<double> exponent = exponents();
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < m; ++j) {
+        const double entry = exp2_of(exponent[j]), more = fill * h[j];
+        const double below = kLeast - exponent[j];  // by how much exp2_of gave too much
+        sum += divergence(entry * (x * y[j]) + more, entry) +
+               (more > 0 && below > 0 ? more * (below * 0.69314718055994530942) : 0.);
+      }
     }
     gap += sum;
   }
