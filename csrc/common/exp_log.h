@@ -54,17 +54,18 @@ struct FloatBits<double> {
 template <class T>
 [[gnu::always_inline]] inline T exp_of(T x) {
   using B = FloatBits<T>;
-  using Int = typename B::Int;
+  using Unsigned = typename B::Unsigned;
   x = x < B::kLowest ? B::kLowest : x;  // a NaN passes
   x = x > B::kHighest ? B::kHighest : x;
   const T shifted = x * T(1.44269504088896340736) + B::kRound;
   const T n = shifted - B::kRound;
   const T r = (x - n * B::kLn2High) - n * B::kLn2Low;
   const T p = T(1) + (r + r * r * exp_tail(r));
-  // 2^n in two factors, so that neither leaves the normal range
-  const Int k = __builtin_bit_cast(Int, shifted) - __builtin_bit_cast(Int, B::kRound), half = k >> 1;
-  const T a = __builtin_bit_cast(T, (half + B::kBias) << B::kMantissa);
-  const T b = __builtin_bit_cast(T, (k - half + B::kBias) << B::kMantissa);
+  // 2^n in two factors, so that neither leaves the normal range: their exponents, with the bias, add up to k. (None is
+  // negative. Before AVX-512 there is no instruction to shift wide numbers that are.)
+  const Unsigned k = __builtin_bit_cast(Unsigned, shifted) - __builtin_bit_cast(Unsigned, B::kRound) + 2 * B::kBias;
+  const T a = __builtin_bit_cast(T, (k >> 1) << B::kMantissa);
+  const T b = __builtin_bit_cast(T, (k - (k >> 1)) << B::kMantissa);
   return p * a * b;
 }
 
