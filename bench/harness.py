@@ -104,14 +104,13 @@ class Stopwatch:
 
 
 class Floor:
-    """The least time a case could take on this machine: FLOPs at the rate of torch's best product, or bytes at the
-    rate of a copy (or a read) of the same size, whichever is longer. All are measured here, in the same run."""
+    """The least time a case could take on this machine: FLOPs at the rate of torch's best product, or a copy (or a
+    read) of as many bytes, whichever is longer. The rates of products are measured once, at the first case that needs
+    one; the copy is a contender of its case."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.gemm: dict[str, float] = {}  # FLOP/s
-        self._copies: dict[int, float] = {}  # bytes/s
-        self._sums: dict[int, float] = {}
 
     def _best(self, f: Callable[[], Any]) -> float:
         watch = Stopwatch(f, self.settings)
@@ -129,26 +128,18 @@ class Floor:
             self.gemm[name] = max(rates)
         return self.gemm[name]
 
-    def _copy(self, size: float) -> float:
-        n = max(1, int(size) // 2)  # half is read, half is written
-        if n not in self._copies:
-            source = torch.zeros(n, dtype=torch.uint8, device=self.settings.device)
-            target = torch.empty_like(source)
-            self._copies[n] = 2 * n / self._best(lambda: target.copy_(source))
-        return self._copies[n]
+    def compute(self, case: Case) -> float:
+        return min((work / self._gemm(dtype) for dtype, work in case.flops.items()), default=0.0)
 
-    def _read(self, size: float) -> float:
-        n = max(1, int(size) // 8)  # a sum of integers is the fastest pure read that torch has
-        if n not in self._sums:
-            source = torch.ones(n, dtype=torch.int64, device=self.settings.device)
-            self._sums[n] = 8 * n / self._best(lambda: source.sum())
-        return self._sums[n]
-
-    def seconds(self, case: Case) -> float:
-        compute = min((work / self._gemm(dtype) for dtype, work in case.flops.items()), default=0.0)
-        rate = self._read if case.reads else self._copy
-        memory = case.bytes / rate(case.bytes) if case.bytes else 0.0
-        return max(compute, memory)
+    def transfer(self, case: Case) -> Callable[[], Any] | None:
+        if not case.bytes:
+            return None
+        if case.reads:  # a sum of integers is the fastest pure read that torch has
+            source = torch.ones(max(1, int(case.bytes) // 8), dtype=torch.int64, device=self.settings.device)
+            return lambda: source.sum()
+        source = torch.zeros(max(1, int(case.bytes) // 2), dtype=torch.uint8, device=self.settings.device)
+        target = torch.empty_like(source)  # half is read, half is written
+        return lambda: target.copy_(source)
 
 
 def measure(case: Case, floor: Floor) -> dict[str, Any]:
@@ -159,7 +150,9 @@ def measure(case: Case, floor: Floor) -> dict[str, Any]:
         contenders["torch"] = case.reference
     contenders |= case.peers
     errors = {name: case.error(f()) for name, f in contenders.items()} if case.error else {}
-    watches = {name: Stopwatch(f, settings) for name, f in contenders.items()}
+    compute, transfer = floor.compute(case), floor.transfer(case)
+    timed = contenders | ({"floor": transfer} if transfer else {})
+    watches = {name: Stopwatch(f, settings) for name, f in timed.items()}
     # Many short bursts beat few long ones on a shared machine.
     times = {name: [watch.once] for name, watch in watches.items() if watch.once > PATIENCE and name != "ours"}
     repeated = [name for name in watches if name not in times]
@@ -172,9 +165,10 @@ def measure(case: Case, floor: Floor) -> dict[str, Any]:
     ratios = {
         name: median(theirs / ours for theirs, ours in zip(times[name] if name in repeated else times[name] * rounds,
                                                            times["ours"], strict=True))
-        for name in contenders
+        for name in timed
         if name != "ours"
     }
+    of_floor = ratios.pop("floor", 0.0)
     return {
         "name": case.name,
         "op": case.op,
@@ -185,7 +179,8 @@ def measure(case: Case, floor: Floor) -> dict[str, Any]:
         "ratios": ratios,
         "lost": ratios.get("torch", LOST) < LOST,
         "errors": errors,
-        "floor": floor.seconds(case),
+        "floor": max(compute, median(times["floor"]) if transfer else 0.0),
+        "of_floor": max(of_floor, compute / median(times["ours"])),
         "flops": {dtype_name(dtype): work for dtype, work in case.flops.items()},
         "bytes": case.bytes,
         "bursts": times,

@@ -31,7 +31,7 @@ def table(results: list[Result]) -> Table:
             f"{r['op']} {r['variant']}".strip(), r["shape"], r["dtype"], milliseconds(ours), milliseconds(theirs),
             "" if ratio is None else mark.format(f"{ratio:.2f}"),
             *(f"{r['ratios'][p]:.2f}" if p in r["ratios"] else "" for p in peers),
-            milliseconds(r["floor"] or None), f"{r['floor'] / ours:.0%}" if r["floor"] else "",
+            milliseconds(r["floor"] or None), f"{r['of_floor']:.0%}" if r["floor"] else "",
             *(f"{r['errors'][who]:.1e}" if who in r["errors"] else "" for who in ("ours", "torch")),
         )  # fmt: skip
     return out

@@ -1,6 +1,7 @@
 import json
 import time
 from itertools import pairwise
+from statistics import median
 
 import pytest
 import torch
@@ -75,11 +76,16 @@ def test_error_is_relative_and_in_float64(floor):
 
 def test_floor_is_the_longer_of_compute_and_copy_and_the_fastest_product_counts(floor):
     flops = {torch.float32: 1e9, torch.float64: 1e6}
-    quick = floor.seconds(case(flops=flops))
-    assert 0 < quick < floor.seconds(case(flops={torch.float32: 1e9}))
-    assert floor.seconds(case(flops=flops, bytes=1e8)) > quick
-    assert 0 < floor.seconds(case(bytes=1e8, reads=True)) < 1
-    assert floor.seconds(case()) == 0
+    quick = floor.compute(case(flops=flops))
+    assert 0 < quick < floor.compute(case(flops={torch.float32: 1e9}))
+    for reads in (False, True):
+        result = harness.measure(case(flops={torch.float64: 1.0}, bytes=1e8, reads=reads), floor)
+        assert result["floor"] == median(result["bursts"]["floor"]) > 0
+        assert result["of_floor"] == pytest.approx(result["floor"] / result["seconds"]["ours"], rel=0.5)
+        assert "floor" not in result["ratios"] and "floor" not in result["seconds"]
+    assert harness.measure(case(flops={torch.float64: 1e9}, bytes=8.0), floor)["floor"] == floor.compute(
+        case(flops={torch.float64: 1e9}))
+    assert harness.measure(case(), floor)["floor"] == harness.measure(case(), floor)["of_floor"] == 0
 
 
 def test_threads_are_restored():
