@@ -210,7 +210,7 @@ class Solver {
       settled = pass_.in_double && pass_.omega == 1;
       relaxation.observe(error, step.error / mass_);
       if (pass_.omega > 1) error += step.error / mass_;
-      if (pass_.in_double && error <= task_.tol) relaxation.stop();
+      if ((pass_.in_double && error <= task_.tol) || k + 1 >= task_.max_iter) relaxation.stop();  // the last is plain
       stale = error < best ? 0 : stale + 1;
       best = error < best ? error : best;
       const bool stuck = pass_.omega > 1 ? relaxation.failed && error < kStuckError : stale >= kPatience;

@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kThreads) entropic_step(const Arrays p, bool i
   state.settled = state.in_double && omega == 1;
   state.relaxation.observe(error, columns);
   if (omega > 1) error += columns;
-  if (state.in_double && error <= p.task.tol) state.relaxation.stop();
+  if ((state.in_double && error <= p.task.tol) || state.iterations + 1 >= p.task.max_iter) state.relaxation.stop();
   state.stale = error < state.best ? 0 : state.stale + 1;
   state.best = error < state.best ? error : state.best;
   const bool stuck = omega > 1 ? state.relaxation.failed && error < kStuckError : state.stale >= kPatience;
