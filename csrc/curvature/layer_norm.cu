@@ -187,21 +187,22 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// Column by column, what the pieces of an item add up to: 32 columns a block, a 32nd of the pieces a warp.
+// Column by column, what the pieces of an item add up to: 32 columns a block, of whose warps each takes its share of
+// the pieces.
 template <class R>
 __global__ void __launch_bounds__(1024) add_pieces(const R* __restrict__ partial, int64_t pieces, int sums, int64_t n,
                                                    Element element, void* dw, void* db) {
   __shared__ double part[32][33];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t item = blockIdx.x / ((n + 31) / 32), c = blockIdx.x % ((n + 31) / 32) * 32 + lane;
   void* out = blockIdx.y ? db : dw;
   double s = 0;
-  for (int64_t i = warp; c < n && i < pieces; i += 32)
+  for (int64_t i = warp; c < n && i < pieces; i += warps)
     s += double(partial[((item * pieces + i) * sums + blockIdx.y) * n + c]);
   part[warp][lane] = s;
   __syncthreads();
   if (warp > 0 || c >= n || !out) return;
-  for (int i = 1; i < 32; ++i) s += part[i][lane];
+  for (int i = 1; i < warps; ++i) s += part[i][lane];
   const int64_t k = item * n + c;
   switch (element) {
     case Element::bf16:
@@ -234,9 +235,10 @@ void run(const LayerNormTask& t, void* workspace, void* stream) {
   const auto kernel = t.pass == LayerNormPass::backward ? backward<T, false> : backward<T, true>;
   if (all > 0)
     launch(kernel, blocks(t.batch * pieces.count), threads, shared ? kept : 0, stream, t, pieces, partial, shared);
+  const unsigned warps = pieces.count < 1 ? 1 : pieces.count > 32 ? 32 : unsigned(pieces.count);
   if (pieces.sums > 0)
-    launch(add_pieces<R>, dim3(blocks(t.batch * ((t.n + 31) / 32)), unsigned(pieces.sums)), 1024, 0, stream, partial,
-           pieces.count, pieces.sums, t.n, t.weight_element, t.dweight, t.dbias);
+    launch(add_pieces<R>, dim3(blocks(t.batch * ((t.n + 31) / 32)), unsigned(pieces.sums)), 32 * warps, 0, stream,
+           partial, pieces.count, pieces.sums, t.n, t.weight_element, t.dweight, t.dbias);
 }
 
 }  // namespace
