@@ -78,6 +78,8 @@ def test_floor_is_the_longer_of_compute_and_copy_and_the_fastest_product_counts(
     flops = {torch.float32: 1e9, torch.float64: 1e6}
     quick = floor.compute(case(flops=flops))
     assert 0 < quick < floor.compute(case(flops={torch.float32: 1e9}))
+    floor.gemm |= {"bfloat16": 1.0, "float32": 1e9}  # as on a machine without products of bfloat16
+    assert floor.compute(case(flops={torch.bfloat16: 1e9})) == 1
     for reads in (False, True):
         result = harness.measure(case(flops={torch.float64: 1.0}, bytes=1e8, reads=reads), floor)
         assert result["floor"] == median(result["bursts"]["floor"]) > 0

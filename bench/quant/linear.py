@@ -57,5 +57,5 @@ def layer(out: int, n: int, settings: Settings) -> Iterator[Case]:
                 reference=lambda x=x, d=dtype: torch.nn.functional.linear(x, torch_unpacked(tensors, d)),
                 peers=peers,
                 error=relative_error(lambda x=x: x.double() @ W.double().mT),
-                flops={torch.bfloat16: 2.0 * rows * n * out}, bytes=size, reads=True,
+                flops={dtype: 2.0 * rows * n * out}, bytes=size, reads=True,
             )  # fmt: skip
