@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import resolve
-from .newton_schulz import _matmul_precision, newton_schulz, polynomials
+from .newton_schulz import _level, _matmul_precision, newton_schulz, polynomials
 from .nuclear_scale import nuclear_scale
 
 METHODS = ("auto", "svd", "qdwh", "zolo", "newton_schulz", "polar_express")
@@ -85,7 +85,8 @@ def _auto(x: Tensor) -> Tensor:
     """Polynomials, as many steps as most random matrices of this shape need, and five more for those that are not there
     yet; then an SVD of what has still not converged, or where U^T A came out less symmetric than it should."""
     m, n = x.shape[-2:]
-    if x.numel() * n <= SMALL or (n > 512 and m < 2 * n and x.dtype == torch.float64):
+    slow = x.dtype == torch.float64 or _level() in ("v2", "v3")  # products, beside an SVD's
+    if x.numel() * n <= SMALL or (n > 512 and m < 2 * n and slow):
         return _svd(x)  # no slower there
     y = x / _size(x)
     table = tuple(_polar_express(_first_steps(m, n)))
