@@ -59,9 +59,9 @@ def polar(A: Tensor, *, side: str = "right", method: str = "auto", compute_h: bo
         method: ``"auto"`` is as accurate as an SVD for every matrix: on CPU polynomials as in ``"polar_express"``, as
             many as a matrix of that shape needs, tested for orthogonality and backward error, and an SVD of each matrix
             that does not pass (and of those beyond 512 that are not twice as long as wide, in float64 or without
-            AVX-512); ``"qdwh"`` on CUDA. ``"svd"``. ``"qdwh"``: dynamically weighted Halley iteration with Cholesky steps in
-            float64. ``"zolo"``: Zolotarev's rational functions, two iterations of many independent factorisations.
-            Both converge from any input, waiting for nothing on the device.
+            AVX-512); ``"qdwh"`` on CUDA. ``"svd"``. ``"qdwh"``: dynamically weighted Halley iteration with Cholesky
+            steps in float64. ``"zolo"``: Zolotarev's rational functions, two iterations of many independent
+            factorisations. Both converge from any input, waiting for nothing on the device.
             ``"polar_express"`` (10 steps) and ``"newton_schulz"`` (22 classical steps): products only; they converge
             where no singular value is below about 1e-3, 1e-4 times the Frobenius norm.
         compute_h: whether to compute ``H``; else it is None.
