@@ -6,8 +6,9 @@ from torch import Tensor
 
 from .._checks import check_matrix
 from .._op import Function, _library, needs_derivative, primals, register
+from .._precision import matmul_precision
 from .coefficients import resolve
-from .newton_schulz import _matmul_precision, polynomials
+from .newton_schulz import polynomials
 from .polar_methods import SMALL, SPECTRAL, _orthonormal, converging_steps, spectral_norm
 from .sylvester import Sylvester, positive_eigen
 
@@ -20,7 +21,7 @@ def _inv_sqrt(a: Tensor, eps: float) -> Tensor:
         return torch.empty_like(a)
     # eigh may fail for the whole batch where one matrix is not finite.
     finite = torch.isfinite(a.amax((-2, -1), keepdim=True) - a.amin((-2, -1), keepdim=True))
-    with _matmul_precision("highest"):
+    with matmul_precision("highest"):
         if a.is_cuda:  # nothing here may wait for the device
             return _by_eigenvectors(torch.where(finite, a, torch.nan), finite, eps)
         if not bool(finite.all()):

@@ -1,13 +1,13 @@
 """Newton-Schulz iteration towards the polar factor, as one kernel per call."""
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .._checks import check_matrix
 from .._op import needs_derivative, register
+from .._precision import matmul_precision, matmul_precision_for
 from .coefficients import Coefficients, resolve, with_margin
 
 _PRECISIONS = ("highest", "high", "medium")
@@ -46,8 +46,10 @@ def newton_schulz(x: Tensor, steps: int = 5, *, coefficients: str | Sequence[Seq
             a kernel of this library multiplies in bfloat16 or does it in one launch on CUDA.
         eps: relative safety margin of the norm.
         precision: of products of float32 input: ``"highest"`` float32, ``"high"`` at least three bfloat16 products
-            (or TensorFloat-32), ``"medium"`` at least bfloat16. None: ``torch.get_float32_matmul_precision()``.
-            Other dtypes compute in their own precision or better, with sums in at least float32.
+            (or TensorFloat-32), ``"medium"`` at least bfloat16. None: as torch is set for that
+            device, by ``torch.set_float32_matmul_precision`` or ``torch.backends.cuda.matmul.fp32_precision`` (on CPU
+            ``torch.backends.mkldnn.matmul.fp32_precision``). Other dtypes compute in their own precision or better,
+            with sums in at least float32.
 
     Returns:
         A new tensor like ``x``.
@@ -77,7 +79,7 @@ def newton_schulz(x: Tensor, steps: int = 5, *, coefficients: str | Sequence[Seq
     if not 0 <= eps < 1:
         raise ValueError(f"eps must be in [0, 1), got {eps}")
     table = resolve(coefficients, steps)
-    precision = precision or torch.get_float32_matmul_precision()
+    precision = precision or matmul_precision_for(x)
     aol = coefficients == "aol"
     if not aol:
         table = with_margin(table, eps)
@@ -158,25 +160,12 @@ def _aol(x: Tensor) -> Tensor:
     return y.mT if tall else y
 
 
-@contextlib.contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    if before == precision:
-        yield
-        return
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _with_products(x: Tensor, table: Coefficients, precision: str, aol: bool,
                    steps: Callable[[Tensor, Coefficients], Tensor]) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
     tall = x.shape[-2] > x.shape[-1]
-    with _matmul_precision(precision):
+    with matmul_precision(precision):
         y = _normalize(x.mT if tall else x)
         y = (_aol(y) if aol else y).flatten(0, -3) if x.dim() > 2 else (_aol(y) if aol else y)[None]
         low = torch.bfloat16 if x.dtype == torch.float32 and precision == "medium" else x.dtype

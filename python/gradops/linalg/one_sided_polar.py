@@ -4,8 +4,8 @@ from torch import Tensor
 
 from .._checks import check_matrix
 from .._op import _library, needs_derivative, register
+from .._precision import matmul_precision
 from .inv_sqrt import inv_sqrt
-from .newton_schulz import _matmul_precision
 from .nuclear_scale import nuclear_scale
 from .polar import check_choice, polar
 
@@ -18,7 +18,7 @@ def _factor(m: Tensor, eps: float) -> Tensor:
     if m.is_cuda or m.shape[-2] < 2 * m.shape[-1]:
         return _stacked(m, eps).contiguous()
     # The Gram matrix costs digits in proportion to its condition number, of which this is a bound.
-    with _matmul_precision("highest"):
+    with matmul_precision("highest"):
         flat = m.reshape(-1, *m.shape[-2:])
         gram = flat.mT @ flat
         s = inv_sqrt(gram, eps=eps)

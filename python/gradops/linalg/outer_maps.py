@@ -4,9 +4,9 @@ from torch import Tensor
 
 from .._checks import check_device, check_floating
 from .._op import refuse_derivative
+from .._precision import matmul_precision
 from . import _outer
 from ._outer import check_pair
-from .newton_schulz import _matmul_precision
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def outer_vjp(x: Tensor, g: Tensor, w: Tensor, *, bias: bool = True,
                          f"got a weight of shape {tuple(out[0].shape)}")
     weighted = _weighted(g.to(dtype), w)
     weight, shift = out
-    with _matmul_precision("highest"):
+    with matmul_precision("highest"):
         if weight.dtype == dtype:
             weight.addmm_(weighted.mT, _flat(x.to(dtype)))
         else:
@@ -111,7 +111,7 @@ def outer_jvp(x: Tensor, g: Tensor, V: Tensor, bias: Tensor | None = None) -> Te
         check_device(v, name, x, "x")
     refuse_derivative("outer_jvp", x=x, g=g, V=V, bias=bias)
     dtype = torch.promote_types(torch.promote_types(x.dtype, V.dtype), torch.float32)
-    with _matmul_precision("highest"):
+    with matmul_precision("highest"):
         y = x.to(dtype) @ V.to(dtype).mT
     if bias is not None:
         y += bias

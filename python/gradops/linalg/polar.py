@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .._checks import check_matrix
 from .._op import Function, _library, needs_derivative, primals, register
-from .newton_schulz import _PRECISIONS, _matmul_precision
+from .._precision import matmul_precision
+from .newton_schulz import _PRECISIONS
 from .polar_methods import METHODS, polar_factor
 from .sylvester import Sylvester, positive_eigen
 
@@ -18,7 +19,7 @@ def _polar(a: Tensor, side: str, method: str, compute_h: bool, precision: str | 
     u = polar_factor(a, method, precision)
     if not compute_h:
         return u, a.new_empty(0)
-    with _matmul_precision("highest"):
+    with matmul_precision("highest"):
         return u, _hermitian(u.mT, a.mT) if side == "right" else _hermitian(u, a)
 
 

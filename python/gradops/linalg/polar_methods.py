@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._precision import matmul_precision, matmul_precision_for
 from .coefficients import resolve
-from .newton_schulz import _level, _matmul_precision, newton_schulz, polynomials
+from .newton_schulz import _level, newton_schulz, polynomials
 from .nuclear_scale import nuclear_scale
 
 METHODS = ("auto", "svd", "qdwh", "zolo", "newton_schulz", "polar_express")
@@ -43,8 +44,8 @@ def _tall(a: Tensor, method: str, precision: str | None) -> Tensor:
     if not clean:
         identity = torch.eye(*x.shape[-2:], dtype=x.dtype, device=x.device)
         x = torch.where(usable, x, identity)  # a zero matrix has this factor, and a NaN no longer spreads
-    precision = precision or torch.get_float32_matmul_precision()
-    with _matmul_precision("highest"):
+    precision = precision or matmul_precision_for(x)
+    with matmul_precision("highest"):
         u = _compute(x, method, precision)
     if not clean:
         u = torch.where(torch.isfinite(big), u, math.nan)

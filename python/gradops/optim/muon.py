@@ -25,7 +25,7 @@ class Muon(MatrixOptimizer):
     (without `nesterov`, :math:`U = \mathrm{NS}(M)`), where :math:`r` is :math:`\sqrt{\max(1, m/n)}` or
     :math:`0.2 \sqrt{\max(m, n)}` for an (m, n) matrix. A drop-in for `torch.optim.Muon`: same names, formulas and
     checkpoints. It differs in that parameters of one shape share a batched kernel call; float32 parameters are
-    computed in float32, as `torch.get_float32_matmul_precision` says, rather than always in bfloat16; the state of
+    computed in float32, as torch is set to multiply it, rather than always in bfloat16; the state of
     bfloat16 parameters is float32; stacks of matrices (3 dimensions and more) are accepted; and the default
     polynomial is Polar Express. `ns_coefficients="simple"` with `precision="medium"` is torch's numerics.
 
@@ -43,7 +43,7 @@ class Muon(MatrixOptimizer):
         adjust_lr_fn: "original" or None: :math:`\sqrt{\max(1, m/n)}` (Keller Jordan); "match_rms_adamw":
             :math:`0.2\sqrt{\max(m, n)}` (Liu et al., arXiv 2502.16982, section 2.2).
         precision: of float32 products: "highest", "high", "medium" (bfloat16), or None: bfloat16 for bfloat16
-            parameters, else `torch.get_float32_matmul_precision()`.
+            parameters, else what torch is set to, as in `gradops.linalg.newton_schulz`.
         layout: how matrices are read from a parameter, see `gradops.optim.to_matrices`; "flat" for convolutions.
         heads: number of heads, for layouts "heads" and "heads_in".
         state_dtype: dtype of the momentum; by default the parameter's, but at least float32.

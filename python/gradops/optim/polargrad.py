@@ -37,8 +37,8 @@ class PolarGrad(MatrixOptimizer):
         method: `method` of `gradops.linalg.polar` (default "auto"), or a function from a batch (k, ..., m, n) to its
             polar factors. Avoid loose ones: with Muon's polynomial :math:`\nu` misses the nuclear norm by 5 to 14 %.
         nuclear_scale: multiply the step by :math:`\nu` (default True).
-        precision: of float32 products: "highest", "high", "medium", or None for
-            `torch.get_float32_matmul_precision()`.
+        precision: of float32 products: "highest", "high", "medium", or None for what torch is set
+            to, as in `gradops.linalg.newton_schulz`.
         layout: how matrices are read from a parameter, see `gradops.optim.to_matrices`.
         heads: number of heads, for layouts "heads" and "heads_in".
         state_dtype: dtype of the momentum, in which the polar factor is computed as well; by default the

@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from ..linalg.newton_schulz import _matmul_precision
+from .._precision import matmul_precision
 from ._columns import fresh_like, items_together
 from .gptq_spread import gptq_spread_
 from .upper_factor import MOST_COLUMNS, upper_factor
@@ -12,7 +12,7 @@ def drift_of(D: Tensor, factor: Tensor, inverse: bool, alpha: float) -> Tensor:
     """M = alpha triu(D U^T, 1), item by item; the factor is U, or R = U^-1, from which M R^T = alpha D is solved."""
     out = fresh_like(factor).zero_()
     step = items_together(factor)
-    with _matmul_precision("highest"):
+    with matmul_precision("highest"):
         for first in range(0, len(factor), step):
             some = slice(first, first + step)
             _drift(D[some], factor[some], inverse, alpha, out[some])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._op import _library, register
-from ..linalg.newton_schulz import _matmul_precision
+from .._precision import matmul_precision
 from ._columns import blocks, fresh_like, groups_known_until, items_together, may_hold
 from .gptq_block import gptq_block, gptq_block_
 from .gptq_spread import gptq_spread_
@@ -49,7 +49,7 @@ def _gptq_columns(w: Tensor, unseen: Tensor, factor: Tensor, inverse: bool, drif
     found = out.new_empty((*out.shape[:2], 0 if scale is not None else -(-w.shape[-1] // group_size)))
     results += [found, torch.empty_like(found)]
     step = items_together(tensors[1])
-    with _matmul_precision("highest"):  # no TensorFloat-32 or bfloat16 behind the name of float32
+    with matmul_precision("highest"):  # no TensorFloat-32 or bfloat16 behind the name of float32
         for first in range(0, len(out), step):
             some = slice(first, first + step)
             _walk([None if x is None else x[some] for x in tensors], inverse, group_size, fresh, walk, options,

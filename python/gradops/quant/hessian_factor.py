@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .._checks import check_tensor
 from .._op import _library, refuse_derivative, register
-from ..linalg.newton_schulz import _matmul_precision
+from .._precision import matmul_precision
 from ._columns import fresh_like, items_together, may_hold
 from .gptq_spread import gptq_spread_
 from .upper_factor import MOST_COLUMNS, upper_factor
@@ -24,7 +24,7 @@ def _hessian_factor(H: Tensor, damp_percent: float, damp_auto_increment: float,
     if len(h) == 0:
         return _fake(H, damp_percent, damp_auto_increment, inverse)
     step = items_together(h)  # an item of a batch gets the bits that it gets alone
-    with _matmul_precision("highest"):
+    with matmul_precision("highest"):
         parts = [_factor(x, out, damp_percent, damp_auto_increment, inverse)
                  for x, out in zip(h.split(step), factor.split(step), strict=True)]  # fmt: skip
     damp = torch.cat([part[0] for part in parts])
