@@ -19,7 +19,8 @@ F64, F32, BF16, F16 = ERROR
 SHAPES = [
     ((3, 1), F64, F64), ((2, 3, 17), F64, F64), ((2, 3, 17), F32, F32), ((2, 3, 17), F16, F16), ((2, 3, 17), BF16, F32),
     ((70, 130), F32, F32), ((70, 130), BF16, BF16), ((3, 2100), F64, F64), ((3, 2100), BF16, F32),
-    ((2, 13000), F32, F32),  # these sums over the rows do not fit shared memory
+    ((2, 6144), F32, F32),  # sums over the rows of 48 KB: all a block has without asking, and it has other arrays
+    ((2, 13000), F32, F32),  # these do not fit shared memory
 ]  # fmt: skip
 
 

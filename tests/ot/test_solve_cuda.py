@@ -48,6 +48,12 @@ def test_long_columns_and_zero_weights(cuda_backend):
     same(*both(cuda_backend, M, a, b, reg=2.0), 1e-12)
 
 
+def test_costs_of_48_kilobytes(cuda_backend):
+    """In shared memory they are all that a block gets without asking; the kernel has arrays of its own besides."""
+    M, a, b = problem(64, 96, seed=1)
+    same(*both(cuda_backend, M, a, b, reg=30.0, max_iter=3), 1e-12)
+
+
 def test_points(cuda_backend):
     _, a, b = problem(7, 6, seed=2)
     g = torch.Generator().manual_seed(3)
