@@ -13,6 +13,8 @@ from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
+from ._precision import without_autocast
+
 _library = torch.library.Library("gradops", "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -50,8 +52,13 @@ def primal(t: Tensor) -> Tensor:
 class Function(torch.autograd.Function):
     """An autograd.Function with `setup_context`, whose `forward` has no default arguments.
 
-    Torch looks for those at each call, by `inspect.signature`, which takes longer than a small op.
+    Torch looks for those at each call, by `inspect.signature`, which takes longer than a small op. Derivatives are as
+    precise as their dtypes also where they are asked for under autocast.
     """
+
+    def __init_subclass__(cls) -> None:
+        for name in {"backward", "jvp"} & set(vars(cls)):
+            setattr(cls, name, staticmethod(without_autocast(getattr(cls, name))))
 
     @classmethod
     def apply(cls, *args: Any) -> Any:

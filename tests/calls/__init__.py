@@ -11,6 +11,12 @@ def matrices() -> Tensor:
     return torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
+def gram(x: Tensor) -> Tensor:
+    """x x^T for an op's input: in x's dtype, also where the op is called under autocast."""
+    with torch.autocast("cpu", enabled=False):
+        return x @ x.mT
+
+
 @dataclass(frozen=True)
 class Call:
     """Both take one float64 tensor, of any numbers: what `example` returns, or a part or a multiple of it.

@@ -2,7 +2,7 @@ import torch
 
 from gradops import quant
 
-from . import Call
+from . import Call, gram
 
 
 def hessian(x):
@@ -22,7 +22,7 @@ def raw(x):
 
 
 def positive(x):
-    return x.mT @ x + torch.eye(x.shape[-1], dtype=x.dtype)
+    return gram(x.mT) + torch.eye(x.shape[-1], dtype=x.dtype)
 
 
 CALLS = {

@@ -2,13 +2,13 @@ import torch
 
 from gradops import linalg
 
-from . import Call
+from . import Call, gram
 
 COEFFICIENTS = [2.0, -1.5, 0.5] * 3
 
 
 def spd(x):
-    return x @ x.mT + torch.eye(x.shape[-2], dtype=x.dtype)
+    return gram(x) + torch.eye(x.shape[-2], dtype=x.dtype)
 
 
 def product(x):
@@ -33,7 +33,7 @@ CALLS = {
     # These orchestrate torch's own ops: their bits are torch's.
     "polar": Call(lambda x: (x, "right", "auto", True, "highest"), lambda x: linalg.polar(x)[0], own_bits=False),
     "inv_sqrt": Call(lambda x: (spd(x), 0.0), lambda x: linalg.inv_sqrt(spd(x)), own_bits=False),
-    "spectral_solve": Call(lambda x: (x @ x.mT, x[..., 0], 3, 1e-3, 1e-10, "smooth", 0.1, 1.0),
-                           lambda x: linalg.spectral_solve(x @ x.mT, x[..., 0])[0], derivatives=0, own_bits=False),
+    "spectral_solve": Call(lambda x: (gram(x), x[..., 0], 3, 1e-3, 1e-10, "smooth", 0.1, 1.0),
+                           lambda x: linalg.spectral_solve(gram(x), x[..., 0])[0], derivatives=0, own_bits=False),
     "one_sided_factor": Call(lambda x: (x.mT, 1e-8), lambda x: linalg.one_sided_polar(x.mT), own_bits=False),
 }

@@ -112,7 +112,7 @@ def slq_density(matvec: Callable[[Any], Any], k: int = 64, n_vectors: int = 8, *
         raise ValueError(f"sigma must be > 0, got {sigma!r}")
     k = min(k, sum(t.numel() for t in tree.tensors))
     # A run that ends early fills up with its first node, at weight 0.
-    nodes, weights = torch.empty(2, n_vectors, k, dtype=torch.float64)
+    nodes, weights = torch.empty(2, n_vectors, k, dtype=torch.float64, device="cpu")
     for i in range(n_vectors):
         values, s, _, _ = _tridiagonal(matvec, k, tree, gaussian(tree, generator))
         nodes[i], weights[i] = values[0], 0
@@ -127,7 +127,7 @@ def slq_density(matvec: Callable[[Any], Any], k: int = 64, n_vectors: int = 8, *
     else:
         check_count(grid, "grid")
         points = torch.linspace(float(nodes.min()) - 4 * sigma, float(nodes.max()) + 4 * sigma, grid,
-                                dtype=torch.float64)
+                                dtype=torch.float64, device="cpu")
     bumps = (-0.5 * ((points[:, None] - nodes.flatten()) / sigma) ** 2).exp() / (sigma * math.sqrt(2 * math.pi))
     return SpectralDensity(points, bumps @ weights.flatten() / n_vectors, nodes, weights)
 
@@ -162,9 +162,9 @@ def _tridiagonal(
             break
         betas.append(beta)
         basis[j + 1] = w / beta
-    T = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+    T = torch.diag(torch.tensor(alphas, dtype=torch.float64, device="cpu"))
     if betas:
-        off = torch.diag(torch.tensor(betas, dtype=torch.float64), 1)
+        off = torch.diag(torch.tensor(betas, dtype=torch.float64, device="cpu"), 1)
         T = T + off + off.mT
     values, s = torch.linalg.eigh(T)
     return values, s, beta, basis[: len(alphas)]

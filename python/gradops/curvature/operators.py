@@ -37,7 +37,7 @@ def as_linear_operator(matvec: Callable[[Any], Any], like: Any = None) -> Any:
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tree.tensors) else torch.float32
 
     def product(x: Any) -> Any:
-        v = torch.as_tensor(np.ascontiguousarray(x).reshape(-1)).to(device, dtype)
+        v = torch.as_tensor(np.ascontiguousarray(x).reshape(-1), device="cpu").to(device, dtype)
         return flat(matvec(unflat(v, tree)), tree).to(dtype).cpu().numpy()
 
     numpy_dtype = np.dtype(str(dtype).removeprefix("torch."))

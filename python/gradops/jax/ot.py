@@ -86,7 +86,7 @@ def _solve_backward(reg, max_nz, tol, max_iter, kept, gradients):
     if not isinstance(plan, SymbolicZero):
         def run(T, g):
             T, g = (_tensor(t).double().mT for t in (T, g))
-            rows = torch.arange(T.shape[-1]).expand(T.shape)
+            rows = torch.arange(T.shape[-1], device=T.device).expand(T.shape)
             r, u, v = plan_vjp(rows, T, g, T.new_zeros(*T.shape[:-2], T.shape[-1]), T.new_zeros(T.shape[:-1]))
             return _arrays(r.mT / -reg, u, v)
 

@@ -78,7 +78,8 @@ def _polar_express(steps: int) -> list[tuple[float, float, float]]:
 def converging_steps(smallest: Tensor) -> Tensor:
     """How many of Polar Express' last polynomials take singular values from [smallest, 1] to 1, if that is not below
     1e-3: the interval that the k-th is made for begins at the product of the slopes before it times 1e-3."""
-    slopes = torch.tensor([a for a, _, _ in resolve("polar_express", 8)[:4]], dtype=torch.float64)
+    slopes = torch.tensor([a for a, _, _ in resolve("polar_express", 8)[:4]], dtype=torch.float64,
+                          device=smallest.device)
     return 8 - (smallest.double()[..., None] >= 1e-3 * slopes.cumprod(0)).sum(-1)
 
 
@@ -138,7 +139,7 @@ def _first_steps(m: int, n: int) -> int:
         smallest *= 2 / math.sqrt(n)
     if smallest < 1e-3:
         return 8 + math.ceil(math.log(1e-3 / smallest, 4.1))
-    return int(converging_steps(torch.tensor(smallest)))
+    return int(converging_steps(torch.tensor(smallest, device="cpu")))
 
 
 def _missing(u: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def factor(x: float, tensors: list[Tensor]) -> float | Tensor:
     """A number to multiply many tensors by: on the CPU torch makes a tensor of it, and for each of them anew."""
     if len(tensors) < 8 or not tensors[0].is_cpu:
         return x
-    return torch.tensor(x, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+    return torch.tensor(x, dtype=torch.promote_types(tensors[0].dtype, torch.float32), device="cpu")
 
 
 def _hashable(x: Any) -> Any:

@@ -80,7 +80,8 @@ class HARPG(RecursiveOptimizer):
     def interpolate(self) -> Iterator[Any]:
         r"""Parameters at :math:`\hat\theta_t`, with a new b, in the ``with`` block; yields
         :math:`\theta_t - \theta_{t-1}` in the parameters' dtypes, zeros before the first step."""
-        b = float(torch.rand((), dtype=torch.float64, generator=self.generator))
+        device = "cpu" if self.generator is None else self.generator.device
+        b = float(torch.rand((), dtype=torch.float64, generator=self.generator, device=device))
         change: list[Tensor] = []
         with torch.no_grad():
             for p in self._params():

@@ -93,7 +93,7 @@ class Muon(MatrixOptimizer):
                 f"adjust_lr_fn must be None, 'original' or 'match_rms_adamw', got {group['adjust_lr_fn']!r}"
             )
         # The kernel knows the names and shapes of coefficients: let it judge, on the smallest matrix.
-        _newton_schulz(torch.zeros(1, 1), group, torch.float32)
+        _newton_schulz(torch.zeros(1, 1, device="cpu"), group, torch.float32)
 
     @classmethod
     def _kernel(cls, batch: Tensor, group: dict[str, Any], param_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -116,7 +116,7 @@ def entropic(M: Tensor | None = None, a: Tensor | None = None, b: Tensor | None 
 def _nan(costs: Costs, a: Tensor, b: Tensor, lengths: tuple[Tensor | None, Tensor | None]) -> Tensor:
     """Whether a cost that counts is NaN. Of a column of nothing else a solver only sees that nothing is finite."""
     rows, columns = (
-        (w > 0) if length is None else (w > 0) & (torch.arange(w.shape[-1]) < length[..., None])
+        (w > 0) if length is None else (w > 0) & (torch.arange(w.shape[-1], device=w.device) < length[..., None])
         for w, length in zip((a, b), lengths, strict=True))
     if costs.M is not None:
         return (costs.M.isnan() & rows[..., None] & columns[..., None, :]).any(-1).any(-1)

@@ -42,7 +42,8 @@ class SparsePlan:
         *batch, column, slot = torch.nonzero(self.values, as_tuple=True)
         where = (*batch, column, slot)
         places = torch.stack([*batch, self.indices[where], column])
-        return torch.sparse_coo_tensor(places, self.values[where], self.shape, check_invariants=False).coalesce()
+        return torch.sparse_coo_tensor(places, self.values[where], self.shape, device=self.values.device,
+                                       check_invariants=False).coalesce()
 
     def to_csr(self) -> Tensor:
         """The plan of one problem as a CSR tensor ``(n, m)`` of its positive entries; for SciPy,

@@ -62,7 +62,7 @@ def group_index(labels: Tensor | Sequence[str]) -> tuple[Tensor, Tensor, Tensor]
         numbers = [known.setdefault(label, len(known)) for label in labels]
         if not all(isinstance(label, str) for label in known):
             raise TypeError("labels must be strings, or a tensor of integers")
-        return _op(torch.tensor(numbers, dtype=torch.int64))
+        return _op(torch.tensor(numbers, dtype=torch.int64, device="cpu"))
     check_integers(labels, "labels")
     if labels.dim() != 1:
         raise ValueError(f"labels must have 1 dimension, got shape {tuple(labels.shape)}")
