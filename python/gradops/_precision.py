@@ -41,34 +41,40 @@ def matmul_precision_for(x: Tensor) -> str:
     return {"tf32": "high", "bf16": "medium"}.get(settings[0 if x.is_cuda else 1], "highest")
 
 
-@contextlib.contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Products of float32 are made in this precision, and of nothing in less than its dtype."""
+def matmul_precision(precision: str) -> contextlib.AbstractContextManager[None]:
+    """Within, products of float32 are made in this precision, and of nothing in less than its dtype."""
     before = _settings()
-    with no_autocast():
-        if _NAMES.get(before) == precision:
+    if _NAMES.get(before) == precision:
+        return no_autocast()
+    return _set_to(precision, before)
+
+
+@contextlib.contextmanager
+def _set_to(precision: str, before: tuple[str, str]) -> Iterator[None]:
+    older = _older_interface(before)
+    try:
+        if older is not None:  # torch has readers of it left, which raise where the newer one disagrees
+            torch.set_float32_matmul_precision(precision)
+        else:
+            for backend, setting in zip(_BACKENDS, _SETTINGS[precision], strict=True):
+                _set(backend, "matmul", setting)
+        with no_autocast():
             yield
-            return
-        older = _older_interface(before)
-        try:
-            if older is not None:  # torch has readers of it left, which raise where the newer one disagrees
-                torch.set_float32_matmul_precision(precision)
-            else:
-                for backend, setting in zip(_BACKENDS, _SETTINGS[precision], strict=True):
-                    _set(backend, "matmul", setting)
-            yield
-        finally:
-            if older is not None:
-                torch.set_float32_matmul_precision(older)
-            for backend, setting in zip(_BACKENDS, before, strict=True):
-                _set(backend, "matmul", "none")  # follows torch.backends.fp32_precision, as it mostly did before
-                if _get(backend, "matmul") != setting:
-                    _set(backend, "matmul", setting)
+    finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for backend, setting in zip(_BACKENDS, before, strict=True):
+            _set(backend, "matmul", "none")  # follows torch.backends.fp32_precision, as it mostly did before
+            if _get(backend, "matmul") != setting:
+                _set(backend, "matmul", setting)
+
+
+_nothing = contextlib.nullcontext()
 
 
 def no_autocast() -> contextlib.AbstractContextManager[Any]:
     if not _is_any_autocast_enabled():
-        return contextlib.nullcontext()
+        return _nothing
     stack = contextlib.ExitStack()
     stack.enter_context(torch.autocast("cpu", enabled=False))
     stack.enter_context(torch.autocast("cuda", enabled=False))
