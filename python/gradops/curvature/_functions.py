@@ -12,10 +12,11 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
 from .._checks import check_tensor
+from .._compiler import disable
 from ._trees import Tree
 
 outside_of_graphs = partial(
-    torch.compiler.disable,
+    disable,
     reason="products with a Hessian are made of autograd's own calls, which torch.compile cannot trace: call them "
            "outside of the compiled function, or without fullgraph=True")  # fmt: skip
 

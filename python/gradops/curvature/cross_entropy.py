@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_integers, check_number, check_one_of
+from .._compiler import allow_in_graph
 from .._op import register
 from ._second_order import Kernels, Maybe, Values, differentiable
 
@@ -44,7 +45,7 @@ _losses = differentiable("cross_entropy", Kernels(
 ), inputs=1, constants=3, outputs=2)  # fmt: skip
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def cross_entropy(input: Tensor, target: Tensor, weight: None = None, *, ignore_index: int = -100,
                   reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:
     r"""The cross entropy of logits with class indices; :func:`torch.nn.functional.cross_entropy` with a second order.

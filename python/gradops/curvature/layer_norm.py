@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_number
+from .._compiler import allow_in_graph
 from .._op import register
 from ._second_order import Kernels, _mask, differentiable
 
@@ -50,7 +51,7 @@ _norm = differentiable(
 )  # fmt: skip
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     r"""Layer norm over the last dimension, with fast first and second derivatives.
 
@@ -87,7 +88,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     return _norm(x, weight, bias, eps, True)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     r"""RMS norm over the last dimension, with fast first and second derivatives.
 

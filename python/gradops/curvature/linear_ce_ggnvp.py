@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_like, check_linear
+from .._compiler import allow_in_graph
 from .._op import _library, refuse_derivative, register
 from ._linear_ce_chunks import ggn, ggn_outputs
 from .cross_entropy import check_rule, check_target
@@ -15,7 +16,7 @@ torch.library.impl(_library, "linear_ce_ggnvp", "CompositeExplicitAutograd")(ggn
 _op = register("linear_ce_ggnvp", fake=ggn_outputs)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def linear_ce_ggnvp(h: Tensor, W: Tensor, h_dot: Tensor | None, W_dot: Tensor | None, targets: Tensor | None, *,
                     reduction: str = "mean", ignore_index: int = -100, label_smoothing: float = 0.0,
                     ) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_linear
+from .._compiler import allow_in_graph
 from .._op import _library, register
 from ._linear_ce_chunks import outputs, sweep
 from ._second_order import Kernels, Maybe, Values, _mask, differentiable
@@ -105,7 +106,7 @@ _losses = differentiable("linear_cross_entropy", Kernels(_forward, _backward, _j
                                                          _backward_dual), inputs=3, constants=4, outputs=5)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
                          ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:
     r"""Cross-entropy of logits that a linear layer makes, without ever holding all of them; with a second order.

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_device, check_floating, check_matrix
+from .._compiler import allow_in_graph
 from .._op import Function, needs_derivative, primals, refuse_derivative, register
 
 _op = register("rope", fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, rotary_dim: int | None = None) -> Tensor:
     r"""Rotates pairs of features of each token by angles that depend on its position.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_number, check_tensor
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative, register
 from ._second_order import Kernels, Maybe, Values, differentiable
 
@@ -56,7 +57,7 @@ _attention = differentiable("scaled_dot_product_attention", Kernels(
 ), inputs=3, constants=3, outputs=2)  # fmt: skip
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Maybe = None, dropout_p: float = 0.0,
     is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_floating, check_like
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative, register
 from .cross_entropy import check_rule, check_target
 
@@ -12,7 +13,7 @@ _op = register("softmax_ce_hvp", fake=lambda z, *_: torch.empty_like(z, memory_f
 _out = register("softmax_ce_hvp_out", fake=lambda *_: None, vmap=False)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def softmax_ce_hvp(logits: Tensor, u: Tensor, target: Tensor | None = None, *, reduction: str = "mean",
                    ignore_index: int = -100, label_smoothing: float = 0.0, out: Tensor | None = None) -> Tensor:
     r"""The product of the cross entropy's Hessian in the logits with a vector, in one visit of each row.

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_floating, check_like
+from .._compiler import allow_in_graph
 from .._op import register
 from ._second_order import Kernels, Maybe, Values, differentiable
 
@@ -51,7 +52,7 @@ _call = differentiable("swiglu", Kernels(
 ), inputs=2, constants=0)  # fmt: skip
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     r"""Multiplies by the SiLU of a gate.
 

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compiler import allow_in_graph
 from .._op import Function, needs_derivative, primals, register
 from ._blocks import Blocks, check_blocks
 
@@ -11,7 +12,7 @@ _op = register("gram", fake=lambda J, wide: J[0].new_empty(
     (*J[0].shape[:-1], J[0].shape[-2]), dtype=torch.float64 if wide else torch.float32))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def gram(J: Blocks, *, accumulate: torch.dtype | None = None) -> Tensor:
     r"""Inner products of all pairs of rows.
 

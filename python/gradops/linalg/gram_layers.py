@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._checks import check_device, check_floating, check_integers, check_one_of
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative
 from . import _outer
 from ._outer import add_pairs, check_out, check_pair, pairs_pay
@@ -16,7 +17,7 @@ def _pair(v: Pair) -> tuple[int, int]:
     return (v, v) if isinstance(v, int) else (v[0], v[1])
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def gram_conv2d(x: Tensor, g: Tensor, kernel_size: Pair, *, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1,
                 groups: int = 1, bias: bool = True, mode: str = "auto", out: Tensor | None = None) -> Tensor:
     r"""Inner products of the per-sample gradients of a two-dimensional convolution.
@@ -93,7 +94,7 @@ def gram_conv2d(x: Tensor, g: Tensor, kernel_size: Pair, *, stride: Pair = 1, pa
     return out.add_(gram(g.sum((1, 3, 4), dtype=torch.float64))) if bias else out
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def gram_embedding(indices: Tensor, g: Tensor, num_embeddings: int, *, padding_idx: int | None = None,
                    mode: str = "auto", out: Tensor | None = None) -> Tensor:
     r"""Inner products of the per-sample gradients of an embedding.
@@ -159,7 +160,7 @@ def gram_embedding(indices: Tensor, g: Tensor, num_embeddings: int, *, padding_i
     return out
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def gram_affine(x: Tensor, g: Tensor, *, bias: bool = True, out: Tensor | None = None) -> Tensor:
     r"""Inner products of the per-sample gradients of an elementwise scale and shift, as of a normalisation.
 

@@ -1,13 +1,13 @@
 """Gram matrix of a linear layer's per-sample gradients, from its inputs and output gradients."""
-import torch
 from torch import Tensor
 
 from .._checks import check_one_of
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative
 from ._outer import add_blocks, add_layers, check_out, check_pair, pairs_pay
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def gram_outer(x: Tensor, g: Tensor, *, bias: bool = True, mode: str = "auto", out: Tensor | None = None) -> Tensor:
     r"""Inner products of the per-sample gradients of a linear layer, which are never formed.
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_matrix
+from .._compiler import allow_in_graph
 from .._op import Function, _library, needs_derivative, primals, register
 from .._precision import matmul_precision
 from .coefficients import resolve
@@ -68,7 +69,7 @@ def _by_products(a: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 _op = register("inv_sqrt", fake=lambda a, eps: torch.empty_like(a, memory_format=torch.contiguous_format))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def inv_sqrt(A: Tensor, *, eps: float = 0.0) -> Tensor:
     r"""Inverse square root of each symmetric positive definite matrix.
 

@@ -4,13 +4,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compiler import allow_in_graph
 from .._op import KeepsInputs, needs_derivative, primals, register
 from ._blocks import Blocks, check_blocks, check_rows
 
 _op = register("jt_apply", fake=lambda J, w: J.new_empty((*J.shape[:-2], J.shape[-1])))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def jt_apply(J: Blocks, w: Tensor) -> Tensor | list[Tensor]:
     r"""Applies the transpose of a matrix to a vector.
 

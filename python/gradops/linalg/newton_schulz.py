@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_matrix
+from .._compiler import allow_in_graph
 from .._op import needs_derivative, register
 from .._precision import matmul_precision, matmul_precision_for
 from .coefficients import Coefficients, resolve, with_margin
@@ -19,7 +20,7 @@ _op = register("newton_schulz", fake=lambda x, coefficients, normalize, products
     x, memory_format=torch.contiguous_format))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def newton_schulz(x: Tensor, steps: int = 5, *, coefficients: str | Sequence[Sequence[float]] = "polar_express",
                   form: str = "auto", eps: float = 1e-7, precision: str | None = None) -> Tensor:
     r"""Moves the singular values of each matrix towards 1 by odd polynomials: a cheap stand-in for its polar factor.

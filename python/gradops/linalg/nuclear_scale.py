@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from .._checks import check_matrix
+from .._compiler import allow_in_graph
 from .._op import KeepsInputs, needs_derivative, primals, register
 
 _op = register("nuclear_scale", fake=lambda m, u: m.new_empty(m.shape[:-2], dtype=torch.float64))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def nuclear_scale(M: Tensor, U: Tensor) -> Tensor:
     r"""The inner product of each pair of matrices.
 

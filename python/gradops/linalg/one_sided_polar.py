@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_matrix
+from .._compiler import allow_in_graph
 from .._op import _library, needs_derivative, register
 from .._precision import matmul_precision
 from .inv_sqrt import inv_sqrt
@@ -40,7 +41,7 @@ def _stacked(m: Tensor, eps: float) -> Tensor:
     return polar(stacked, compute_h=False)[0][..., :m.shape[-2], :]
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def one_sided_polar(x: Tensor, *, side: str = "right", alpha: float = 1.0, center: bool = False,
                     eps: float = 1e-8) -> Tensor:
     r"""Scales the regularised polar factor of each matrix by a power of its nuclear norm.

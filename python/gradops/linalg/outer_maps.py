@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative
 from .._precision import matmul_precision
 from . import _outer
@@ -18,7 +19,7 @@ def _weighted(g: Tensor, w: Tensor) -> Tensor:
     return _flat(g * w.to(torch.promote_types(g.dtype, torch.float32)).view(-1, *[1] * (g.dim() - 1)))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def outer_vjp(x: Tensor, g: Tensor, w: Tensor, *, bias: bool = True,
               out: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
     r"""Weighted sum of the per-sample gradients of a linear layer.
@@ -74,7 +75,7 @@ def outer_vjp(x: Tensor, g: Tensor, w: Tensor, *, bias: bool = True,
     return out
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def outer_jvp(x: Tensor, g: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""Inner products of the per-sample gradients of a linear layer with one direction.
 
@@ -118,7 +119,7 @@ def outer_jvp(x: Tensor, g: Tensor, V: Tensor, bias: Tensor | None = None) -> Te
     return (y.double() * g).flatten(1).sum(1)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def per_sample_stats(x: Tensor, g: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor]:
     r"""Squared norm of each per-sample gradient of a linear layer, and its inner product with their mean.
 

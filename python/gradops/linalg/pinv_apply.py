@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_one_of
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative
 from ._blocks import Blocks, check_blocks, check_rows
 from ._spectrum import check_filter, factors, gram_suffices
@@ -14,7 +15,7 @@ METHODS = ("auto", "gram", "qr", "svd", "randomized")
 _OVERSAMPLING, _ITERATIONS = 10, 2  # of the randomized method
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def pinv_apply(J: Blocks, r: Tensor, *, k: int | None = None, rtol: float = 1e-3,
                method: str = "auto") -> Tensor | list[Tensor]:
     r"""Least squares of least norm through the larger singular values.
@@ -73,6 +74,7 @@ def pinv_apply(J: Blocks, r: Tensor, *, k: int | None = None, rtol: float = 1e-3
     if method == "auto":
         method = "gram" if gram_suffices(rtol, any(x.dtype == torch.float64 for x in blocks)) else "qr"
     r = r.double()
+    out: Tensor | list[Tensor]
     if method == "gram" and sum(x.shape[-1] for x in blocks) < r.shape[-1]:
         out = _tall(blocks, r, k, rtol)
     elif method == "gram":

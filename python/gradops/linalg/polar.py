@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_matrix
+from .._compiler import allow_in_graph
 from .._op import Function, _library, needs_derivative, primals, register
 from .._precision import matmul_precision
 from .newton_schulz import _PRECISIONS
@@ -39,7 +40,7 @@ def _vmap(info, in_dims, a, side, method, compute_h, precision):
     return (u, h), (0, 0 if compute_h else None)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def polar(A: Tensor, *, side: str = "right", method: str = "auto", compute_h: bool = True,
           precision: str | None = None) -> tuple[Tensor, Tensor | None]:
     r"""Factors each matrix into one with orthonormal columns (or rows) and a symmetric positive semidefinite one.

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from .._checks import check_matrix
+from .._compiler import allow_in_graph
 from .._op import Function, needs_derivative, primals, register
 
 _op = register("row_norm", fake=lambda x, eps, center: torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def row_norm(x: Tensor, *, eps: float = 1e-8, center: bool = False) -> Tensor:
     r"""Divides each row by its Euclidean norm.
 

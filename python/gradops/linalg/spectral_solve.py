@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_matrix
+from .._compiler import allow_in_graph
 from .._op import _library, refuse_derivative, register
 from ._spectrum import check_filter, factors
 
@@ -44,7 +45,7 @@ def _fake(G: Tensor, r: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
 _op = register("spectral_solve", fake=_fake)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def spectral_solve(G: Tensor, r: Tensor, *, k: int | None = None, rtol: float = 1e-3, atol: float = 1e-10,
                    filter: str = "hard", damping: float = 0.0, power: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     r"""Applies a filtered inverse of a symmetric positive semidefinite matrix to a vector.

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._checks import check_count, check_number, may_look
+from .._compiler import allow_in_graph
 from .._op import Function, needs_derivative, primals, register
 from ._problem import Costs, check_reg, check_weights, inside, whole_problem
 from .dense_plan import DensePlan
@@ -141,7 +142,7 @@ def _fault(item: tuple[int, ...], costs: Costs, a: Tensor, b: Tensor, alpha0: Te
     return f"{'M' if costs.M is not None else 'x and y'} must not hold NaN or -inf{where}"
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _entropic(costs: Tensor, y: Tensor | None, a: Tensor, b: Tensor, *args: Any) -> tuple[Tensor, ...]:
     if needs_derivative(*(t for t in (costs, y, a, b) if t is not None)):
         return _Entropic.apply(costs, y, a, b, *args)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compiler import allow_in_graph
 from .._op import Function, needs_derivative, register
 
 _op = register("plan_vjp", fake=lambda index, value, g, p, q: (torch.empty_like(g), torch.empty_like(p),
                                                                torch.empty_like(q)))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def plan_vjp(index: Tensor, value: Tensor, g: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""Splits numbers on the support of a plan into a part that leaves both marginals alone and potentials.
 
@@ -59,9 +60,11 @@ class _PlanVjp(Function):
 
     @staticmethod
     def backward(ctx: Any, r: Tensor, u: Tensor, v: Tensor):
-        g, p, q = plan_vjp(*ctx.saved_tensors, r, -u, -v)
+        index, value = ctx.saved_tensors
+        g, p, q = plan_vjp(index, value, r, -u, -v)
         return None, None, g, -p, -q
 
     @staticmethod
     def jvp(ctx: Any, _index: Any, _value: Any, g: Tensor, p: Tensor, q: Tensor):
-        return plan_vjp(*ctx.saved_tensors, g, p, q)
+        index, value = ctx.saved_tensors
+        return plan_vjp(index, value, g, p, q)

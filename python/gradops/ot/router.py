@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_floating, check_number, check_one_of
+from .._compiler import allow_in_graph
 from .._op import Function, needs_derivative, primals, register
 
 MODES = ("tokens_choose", "experts_choose")
@@ -46,7 +47,7 @@ def _fake(logits, experts_choose, width, capacity, n_steps, gamma, lr):
 _op = register("router", fake=_fake)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def router(logits: Tensor, *, capacity: int | None = None, top_k: int | None = None, n_steps: int = 20,
            gamma: float = 1.0, mode: str = "tokens_choose", lr: float = 1e-2) -> tuple[Tensor, Tensor, RouterInfo]:
     r"""Assigns the tokens of each group to experts by optimal transport with a bounded number of choices.

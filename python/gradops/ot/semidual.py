@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import may_look
+from .._compiler import allow_in_graph
 from .._op import Function, needs_derivative, register
 from ._problem import Costs, check_costs, check_max_nz, check_reg, check_weights, common_batch, in_batch
 from .sparse_plan import SparsePlan
@@ -149,7 +150,7 @@ def _state(warm: tuple[Tensor, SparsePlan, Tensor] | None, batch: tuple[int, ...
     return _double(alpha), plan.indices, weight, tau
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _evaluate(alpha: Tensor, M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: Tensor, reg: float,
               max_nz: int, width: int, *warm: Tensor | None) -> tuple[Tensor, ...]:
     tensors = [t for t in (alpha, M, x, y, a, b) if t is not None]

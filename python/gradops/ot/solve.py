@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_number, check_one_of, may_look
+from .._compiler import allow_in_graph
 from .._op import needs_derivative, refuse_derivative, register
 from ._derivatives import Numbers, differentiable
 from ._problem import check_max_nz, check_reg, check_weights, whole_problem
@@ -153,7 +154,7 @@ def solve(
                     Potentials(alpha, beta), n_iter, status)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _solve(M: Tensor | None, x: Tensor | None, y: Tensor | None, a: Tensor, b: Tensor, alpha0: Tensor | None,
            n_len: Tensor | None, m_len: Tensor | None, reg: float, max_nz: int, tol: float, max_iter: int, slots: int,
            averaged: bool, may_widen: bool) -> Numbers:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_number
+from .._compiler import allow_in_graph
 from .._op import Function, needs_derivative, register
 from ._problem import check_max_nz
 
@@ -17,7 +18,7 @@ def _fake(X, z, width):
 _op = register("sparse_simplex_projection", fake=_fake)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def sparse_simplex_projection(X: Tensor, max_nz: int | None = None, z: float | Tensor = 1.0, dim: int = -1
                               ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The nearest vector of the simplex with at most ``max_nz`` positive entries, to each vector along ``dim``.

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_one_of, check_tensor
+from .._compiler import allow_in_graph
 from .._op import Function, needs_derivative, refuse_derivative, register
 from .gptq_pack import BITS, FORMATS
 
@@ -28,7 +29,7 @@ def _vmap_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
 torch.library.register_vmap("gradops::dequant_linear", _vmap_rule)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def dequant_linear(x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor, g_idx: Tensor | None = None,
                    bias: Tensor | None = None, *, bits: int, group_size: int = -1,
                    checkpoint_format: str = "gptq") -> Tensor:

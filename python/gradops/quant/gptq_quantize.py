@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_one_of
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative
 from ._columns import (
     GRIDS,
@@ -25,7 +26,7 @@ from .gptq_columns import gptq_columns
 from .hessian_factor import hessian_factor
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def gptq_quantize(
     W: Tensor, H: Tensor, *, bits: int = 4, group_size: int = 128, sym: bool = True, desc_act: bool = False,
     static_groups: bool = False, act_group_aware: bool = False, scales: Tensor | None = None,
@@ -173,7 +174,7 @@ def gptq_quantize(
     return QuantizedWeight(*(x.reshape((*lead, *x.shape[1:])) for x in results))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def rtn_quantize(
     W: Tensor, *, bits: int = 4, group_size: int = 128, sym: bool = True, scales: Tensor | None = None,
     zeros: Tensor | None = None, mse: float = 0.0, grid: str = "int", compat: str | None = None,

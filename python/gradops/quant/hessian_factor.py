@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_tensor
+from .._compiler import allow_in_graph
 from .._op import _library, refuse_derivative, register
 from .._precision import matmul_precision
 from ._columns import fresh_like, items_together, may_hold
@@ -40,7 +41,7 @@ def _fake(H: Tensor, damp_percent: float, damp_auto_increment: float, inverse: b
 _op = register("hessian_factor", fake=_fake)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def hessian_factor(H: Tensor, *, damp_percent: float = 0.01, damp_auto_increment: float = 0.0,
                    factor_dtype: torch.dtype | None = None, inverse: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     r"""Factors the damped inverse of each Hessian, in one Cholesky factorisation in place of the usual two.

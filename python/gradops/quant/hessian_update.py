@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_one_of, check_tensor
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative, register
 
 _update = register("hessian_update_", fake=lambda H, X, n_seen, mask, split: torch.empty_like(n_seen), vmap=False)
@@ -168,7 +169,7 @@ def _call(cross: bool, tensors: tuple[Tensor, ...], n_seen: int | Tensor, mask: 
     return n_seen + X.shape[len(batch):-1].numel()
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _run(cross: bool, tensors: tuple[Tensor, ...], counts: Tensor, mask: Tensor | None, split: bool,
          dims: int) -> Tensor:
     names = ("D", "X_fp", "X_q") if cross else ("H", "X")

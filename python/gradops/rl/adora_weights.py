@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_floating, check_one_of
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative
 from ._groups import as_ids, check_column, grouping, runs
 from .segment_stats import segment_stats
@@ -13,7 +14,7 @@ from .segment_stats import segment_stats
 RULES = {"paper_vlm": (0.5, float("inf")), "repo_vl": (0.5, 4094.0), "repo_llm": (1.01, 4054.0)}
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def adora_weights(rewards: Tensor, lengths: Tensor, *, offsets: Tensor | None = None, ids: Any = None,
                   group_size: int | None = None, rule: str = "paper_vlm", factor: float = 0.1,
                   threshold: float | None = None, max_length: float | None = None,

@@ -3,13 +3,14 @@ import torch
 from torch import Tensor
 
 from .._checks import check_floating, check_one_of
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative, register
 
 _op = register("allocate_rollouts", vmap=False,
                fake=lambda p, budget, low, high, exact: torch.empty_like(p, dtype=torch.int64))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def allocate_rollouts(p: Tensor, budget: int, *, low: int = 2, high: int = 128, method: str = "exact") -> Tensor:
     r"""Shares a budget of rollouts among prompts by their expected success rates.
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_integers, check_like, check_one_of
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative, register
 
 
@@ -17,7 +18,7 @@ _op = register("capo_curvature", fake=lambda hidden, probs, *_: _three(hidden, p
 _op_sgd = register("capo_curvature_sgd", fake=lambda hidden, logp, *_: _three(hidden, logp.dtype), vmap=False)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def capo_curvature(hidden: Tensor, probs: Tensor, action_index: Tensor, advantages: Tensor, *, model: str = "sgd",
                    token_ids: Tensor | None = None, exp_avg: Tensor | None = None, exp_avg_sq: Tensor | None = None,
                    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -99,7 +100,7 @@ def capo_curvature(hidden: Tensor, probs: Tensor, action_index: Tensor, advantag
     return tuple(x.reshape(advantages.shape) for x in out)  # type: ignore[return-value]
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def capo_curvature_sgd(hidden: Tensor, logp: Tensor, sum_p2: Tensor, sum_p3: Tensor,
                        advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""What :func:`capo_curvature` computes with ``model="sgd"``, from moments of the full softmax.

@@ -1,11 +1,11 @@
 """Discounted sums of rewards."""
-import torch
 from torch import Tensor
 
+from .._compiler import allow_in_graph
 from . import scan
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def discounted_returns(rewards: Tensor, gamma: float, *, terminated: Tensor | None = None,
                        truncated: Tensor | None = None, next_values: Tensor | None = None,
                        last_values: Tensor | None = None, mask: Tensor | None = None,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_floating, check_one_of
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative, register
 from ._groups import as_ids, check_column, check_labels, check_offsets, counts, grouping
 from .adora_weights import adora_weights
@@ -51,7 +52,7 @@ def _rule(baseline: str | None, scale: str | None, correction: float | None, eps
     return choices, float(s["correction"]), float(s["eps"])
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def group_advantages(rewards: Tensor, *, offsets: Tensor | None = None, ids: Any = None, group_size: int | None = None,
                      baseline: str | None = None, scale: str | None = None, correction: float | None = None,
                      eps: float | None = None, eps_mode: str | None = None, singleton: str | None = None,
@@ -192,7 +193,7 @@ def _gdpo(rewards: Tensor, offsets: Tensor | None, first: Tensor | None, second:
     return out, same.all(0)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def trajectory_advantages(rewards: Tensor, trajectory_ids: Tensor, segment_offsets: Tensor, *, eps: float = 1e-6,
                           singleton: str = "keep") -> Tensor:
     r"""Normalises rewards over trajectories and hands every segment the advantage of its trajectory.

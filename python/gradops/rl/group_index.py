@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integers
+from .._compiler import allow_in_graph
 from .._op import register
 
 
@@ -27,7 +28,7 @@ def _on_device(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ids, torch.argsort(ids, stable=True), offsets
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def group_index(labels: Tensor | Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers the distinct labels 0, 1, ... in order of first appearance.
 

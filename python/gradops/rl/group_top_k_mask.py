@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 
 from .._checks import check_floating
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative
 from ._groups import as_ids, check_column, check_labels, counts, grouping, runs
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def group_top_k_mask(rewards: Tensor, k: int, *, offsets: Tensor | None = None, ids: Any = None,
                      group_size: int | None = None, valid: Tensor | None = None, duplicates: Tensor | None = None,
                      alpha: float = 1.0) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .._checks import check_device, check_integers, check_linear
+from .._compiler import allow_in_graph
 from .._op import Function, _library, needs_derivative, primals, register
 from .linear_chunks import backward, forward, tangents
 from .selective_log_softmax import OUTPUTS
@@ -57,7 +58,7 @@ for _name in ("linear_logprob", "linear_logprob_backward"):
     torch.library.register_vmap(f"gradops::{_name}", _one_by_one(getattr(torch.ops.gradops, _name)))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *,
                    temperature: float = 1.0, softcap: float | None = None, return_: Sequence[str] = ("logp",),
                    out_dtype: torch.dtype = torch.float32, chunk_size: int = 4096,

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_integers, check_like, check_one_of
+from .._compiler import allow_in_graph
 from .._op import Function, needs_derivative, primals, register
 
 
@@ -23,7 +24,7 @@ def _loss_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def one_token_rollout_loss(logits: Tensor, targets: Tensor, *, temperature: float = 1.5, beta: float = -0.1,
                            k: int | None = None, seeds: Tensor | None = None,
                            generator: torch.Generator | None = None, reduction: str = "mean") -> Tensor:

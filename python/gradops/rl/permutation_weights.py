@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_integers
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative, register
 
 _op = register("permutation_weights", vmap=False,
@@ -11,7 +12,7 @@ _op = register("permutation_weights", vmap=False,
                    dtype=torch.float64 if logp.dtype == torch.float64 else torch.float32))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def permutation_weights(answer_logp: Tensor, cu_seqlens: Tensor, *, offsets: Tensor | None = None,
                         group_size: int | None = None, tau: float = 1.0) -> Tensor:
     r"""Softmax, within each group, of the token-mean log-likelihoods of the answer.

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_integers
+from .._compiler import allow_in_graph
 from .._op import KeepsInputs, needs_derivative, primals, register
 from .reference.selection import left_over
 
@@ -13,7 +14,7 @@ _gradient = register("plackett_luce_gradient", fake=lambda scores, permutation: 
     scores, memory_format=torch.contiguous_format))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def plackett_luce_logprob(scores: Tensor, permutation: Tensor) -> Tensor:
     r"""Log-probability that items are drawn, without replacement, in the given order.
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._checks import check_device, check_floating, check_integers, check_tensor
+from .._compiler import allow_in_graph
 from .._op import Function, needs_derivative, primals, refuse_derivative, register
 from ._policy_kinds import AGGREGATES, KL, LEVELS, OBJECTIVES, PolicyStats, bounds, resolve
 
@@ -188,7 +189,7 @@ def check_mask(mask: Any, logp: Tensor, name: str) -> None:
 
 
 # Apart from policy_loss, because a function that torch.compile takes whole must return plain tensors.
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _policy_loss(
     logp: Tensor, old_logp: Tensor | None, advantages: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None,
     ref_logp: Tensor | None, is_weights: Tensor | None, objective: int, level: int, kl: int, aggregate: int,

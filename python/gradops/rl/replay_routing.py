@@ -3,9 +3,10 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_ids, check_integers
+from .._compiler import allow_in_graph
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def replay_routing(router_logits: Tensor, recorded_ids: Tensor, *, renormalize: bool = True) -> Tensor:
     r"""The gate weights of the experts that an earlier forward pass chose, from the present router.
 

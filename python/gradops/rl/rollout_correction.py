@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_floating, check_like, check_one_of
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative, register
 from ._policy_kinds import LEVELS
 from .policy_loss import check_mask, check_sequences
@@ -21,7 +22,7 @@ def _fake(old_logp: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 _op = register("rollout_correction", fake=_fake, vmap=False)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def rollout_correction(
     old_logp: Tensor, rollout_logp: Tensor, cu_seqlens: Tensor | None = None, *, mask: Tensor | None = None,
     mode: str = "token_truncate", low: float | None = None, high: float | None = 2.0, veto: float | None = None,

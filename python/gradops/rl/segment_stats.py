@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import check_floating
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative, register
 from ._groups import check_column, check_labels, check_offsets
 
@@ -29,7 +30,7 @@ def _fake(x, offsets, ids, valid, weights, num_groups):
 _op = register("segment_stats", fake=_fake, vmap=False)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def segment_stats(x: Tensor, *, offsets: Tensor | None = None, ids: Tensor | None = None,
                   num_groups: int | None = None, valid: Tensor | None = None,
                   weights: Tensor | None = None) -> SegmentStats:

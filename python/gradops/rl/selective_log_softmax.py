@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_integers
+from .._compiler import allow_in_graph
 from .._op import Function, needs_derivative, primals, register
 
 OUTPUTS = ("logp", "lse", "entropy", "sum_p2", "sum_p3")
@@ -24,7 +25,7 @@ _backward = register("selective_log_softmax_backward", fake=lambda logits, *_: t
 register("selective_log_softmax_backward_", fake=lambda *_: None, vmap=False)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def selective_log_softmax(logits: Tensor, index: Tensor, *, temperature: float = 1.0, softcap: float | None = None,
                           keep_ids: Tensor | None = None, keep_offsets: Tensor | None = None, renormalize: bool = True,
                           return_: Sequence[str] = ("logp",), out_dtype: torch.dtype = torch.float32,

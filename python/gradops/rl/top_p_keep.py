@@ -3,13 +3,14 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_ids, check_integers
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative, register
 
 _op = register("top_p_keep", fake=lambda logits, p, min_keep: torch.empty(
     logits.shape, dtype=torch.bool, device=logits.device))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _keep(logits: Tensor, p: float, always_keep: Tensor | None, min_keep: int) -> Tensor:
     mask = _op(logits, p, min_keep)
     if always_keep is not None:

@@ -1,12 +1,12 @@
 """V-trace targets and advantages."""
-import torch
 from torch import Tensor
 
+from .._compiler import allow_in_graph
 from .._op import refuse_derivative
 from . import scan
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def vtrace(rewards: Tensor, values: Tensor, log_ratios: Tensor, *, gamma: float, lam: float = 1.0,
            rho_clip: float = 1.0, c_clip: float = 1.0, terminated: Tensor | None = None,
            truncated: Tensor | None = None, next_values: Tensor | None = None, last_values: Tensor | None = None,
