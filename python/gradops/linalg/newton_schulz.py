@@ -50,7 +50,8 @@ def newton_schulz(x: Tensor, steps: int = 5, *, coefficients: str | Sequence[Seq
             (or TensorFloat-32), ``"medium"`` at least bfloat16. None: as torch is set for that
             device, by ``torch.set_float32_matmul_precision`` or ``torch.backends.cuda.matmul.fp32_precision`` (on CPU
             ``torch.backends.mkldnn.matmul.fp32_precision``). Other dtypes compute in their own precision or better,
-            with sums in at least float32.
+            with sums in at least float32. In a graph of ``torch.compile``, products that are torch's own (for
+            derivatives, and of large matrices on CUDA) are as torch is set when it runs.
 
     Returns:
         A new tensor like ``x``.
